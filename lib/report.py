@@ -1,0 +1,181 @@
+"""Numbers with intervals, the table, the curves and the sheets of pictures."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from lib.run import atomic, open_image, write_table, write_text
+
+RESAMPLES = 4000
+KEYS = ["model", "benchmark", "style", "prompt_id", "prompt", "seed", "image"]      # scores.parquet, before the scores
+
+
+# ---- intervals ----
+
+def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927)."""
+    p, scale = successes / n, 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / scale, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
+    return middle - half, middle + half
+
+
+def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95% percentile interval of the mean over rows of (prompts, ...): all columns share their resamples."""
+    n = len(values)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n          # (RESAMPLES, n)
+    means = np.tensordot(weights, values, 1)
+    return np.percentile(means, 2.5, axis=0), np.percentile(means, 97.5, axis=0)
+
+
+def summarise(scores: pd.DataFrame, names: list[str], base: str, iter0: str | None) -> pd.DataFrame:
+    """One row per benchmark, model and score: mean, low, high; gain over base and over Iter0, paired by prompt, with
+    intervals; win rate over base (share of prompts with a higher score, ties half)."""
+    rows = []
+    for (benchmark, name), wide in ((key, part) for benchmark, rest in scores.groupby("benchmark", sort=False)
+                                    for name in names for key, part in [((benchmark, name), rest.pivot_table(
+                                        index="prompt_id", columns="model", values=name, sort=False))]):
+        models = [m for m in scores.model.unique() if m in wide.columns]
+        values = wide[models].to_numpy()                                                         # (prompts, models)
+        low, high = bootstrap(values)
+        row = {m: {"benchmark": benchmark, "model": m, "score": name, "prompts": len(values), "mean": values[:, i].mean(),
+                   "low": low[i], "high": high[i]} for i, m in enumerate(models)}
+        for title, reference in (("gain", base), ("over_iter0", iter0)):
+            if reference in models:
+                gains = values - values[:, [models.index(reference)]]
+                low, high = bootstrap(gains)
+                for i, m in enumerate(models):
+                    if m not in (base, reference):
+                        row[m] |= {title: gains[:, i].mean(), f"{title}_low": low[i], f"{title}_high": high[i]}
+                        if title == "gain":
+                            row[m]["win_rate"] = (gains[:, i] > 0).mean() + .5 * (gains[:, i] == 0).mean()
+        rows += row.values()
+    return pd.DataFrame(rows)
+
+
+# ---- the table ----
+
+def readable(summary: pd.DataFrame, names: list[str], facts: dict[str, dict]) -> pd.DataFrame:
+    """The table people read: a row per benchmark and model; `facts` adds columns such as human pairs, by model."""
+    number = lambda r, k: "" if pd.isna(r.get(k, np.nan)) else f"{r[k]:.3f} [{r[k + '_low']:.3f}, {r[k + '_high']:.3f}]"
+    signed = lambda r, k: "" if pd.isna(r.get(k, np.nan)) else f"{r[k]:+.3f} [{r[k + '_low']:+.3f}, {r[k + '_high']:+.3f}]"
+    rows = []
+    for (benchmark, model), part in summary.groupby(["benchmark", "model"], sort=False):
+        by_score = {r["score"]: r for r in part.rename(columns={"low": "mean_low", "high": "mean_high"}).to_dict("records")}
+        row = {"benchmark": benchmark, "model": model, **facts.get(model, {})}
+        row |= {name: number(by_score[name], "mean") for name in names}
+        for name in names:
+            row[f"{name}: gain over base"] = signed(by_score[name], "gain")
+        main = by_score[names[-1]]
+        row[f"{names[-1]}: over Iter0"] = signed(main, "over_iter0")
+        row["win rate over base"] = "" if pd.isna(main.get("win_rate", np.nan)) else f"{main['win_rate']:.0%}"
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    return table.drop(columns=[c for c in table if (table[c].astype(str) == "").all()])
+
+
+def markdown(table: pd.DataFrame) -> str:
+    cell = lambda v: str(v).replace("|", "\\|").replace("\n", " ")
+    lines = [list(map(cell, table.columns)), ["---"] * len(table.columns)] + [list(map(cell, r)) for r in table.to_numpy()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+# ---- pictures ----
+
+def read_pictures(run: Path, images) -> torch.Tensor:
+    """(B, 3, H, W) in 0..1 of image files named relative to the run folder."""
+    arrays = [np.asarray(open_image(Path(run) / image, Path(run), i)) for i, image in enumerate(images)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def sheet(rows: list[list[Image.Image]], columns: list[str], labels: list[str], path: Path, side: int = 96) -> None:
+    """A grid of pictures with column titles and a line of text above each row."""
+    font, gap, head = ImageFont.load_default(12), 4, 18
+    width = max(map(len, rows)) * (side + gap) + gap
+    canvas = Image.new("RGB", (width, head + len(rows) * (side + head + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for j, title in enumerate(columns):
+        draw.text((gap + j * (side + gap), 2), title, "black", font)
+    for i, row in enumerate(rows):
+        top = head + i * (side + head + gap)
+        text = labels[i]
+        while draw.textlength(text, font) > width - 2 * gap and len(text) > 4:
+            text = text[:-4] + "..."
+        draw.text((gap, top), text, "dimgray", font)
+        for j, picture in enumerate(row):
+            small = picture.width < side
+            canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS),
+                         (gap + j * (side + gap), top + head - 2))
+    with atomic(path) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
+
+
+def pair_sheet(run: Path, pairs: pd.DataFrame, path: Path, titles: tuple[str, str], across: int = 4) -> None:
+    """Winners beside losers, `across` pairs a row."""
+    run, pairs = Path(run), pairs.reset_index(drop=True)
+    rows, labels = [], []
+    for start in range(0, len(pairs), across):
+        part = pairs.iloc[start:start + across]
+        rows.append([open_image(run / image, path, start) for pair in part.itertuples() for image in (pair.win, pair.lose)])
+        labels.append("  |  ".join(p.replace(" background", "") for p in part.prompt))
+    sheet(rows, list(titles) * min(across, len(pairs)), labels, path)
+
+
+def sample_sheet(run: Path, scores: pd.DataFrame, path: Path, count: int = 8) -> None:
+    """Rows: the first prompts of each style in turn; columns: the models."""
+    first = scores[scores.seed == scores.seed.groupby(scores.prompt_id).transform("first")]
+    ids = first.drop_duplicates("prompt_id").groupby("style", sort=False, dropna=False).head(
+        -(-count // first["style"].nunique(dropna=False))).prompt_id[:count]
+    models = list(scores.model.unique())
+    at = first.set_index(["prompt_id", "model"])
+    rows = [[open_image(Path(run) / at.loc[(i, m), "image"], path, 0) for m in models] for i in ids]
+    sheet(rows, models, [at.loc[(i, models[0]), "prompt"] for i in ids], path)
+
+
+def curves(summary: pd.DataFrame, names: list[str], steps: list[str], judges: list[dict], path: Path) -> None:
+    """The paper's Figure 2: each score over base, Iter0, ..., with its interval; other rows as dashed lines; and the
+    self-judge's accuracy on held-out human pairs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    benchmarks = list(summary.benchmark.unique())
+    extra = 1 if judges else 0
+    figure, axes = plt.subplots(len(benchmarks), len(names) + extra, squeeze=False,
+                                figsize=(3.6 * (len(names) + extra), 3 * len(benchmarks)))
+    for line, benchmark in zip(axes, benchmarks):
+        for axis, name in zip(line, names):
+            part = summary[(summary.benchmark == benchmark) & (summary["score"] == name)].set_index("model")
+            own = part.loc[[m for m in steps if m in part.index]]
+            axis.fill_between(own.index, own.low, own.high, alpha=.2, color="C0", linewidth=0)
+            axis.plot(own.index, own["mean"], "o-", color="C0", markersize=4)
+            for i, other in enumerate(m for m in part.index if m not in steps):
+                axis.axhline(part.loc[other, "mean"], ls="--", lw=1, color=f"C{i + 1}", label=other)
+            axis.set_title(name if len(benchmarks) == 1 else f"{benchmark}: {name}")
+            axis.grid(alpha=.3)
+            if len(part) > len(own):
+                axis.legend(fontsize=7)
+        if judges:
+            axis, rounds = line[-1], [f"Iter{j['model']}" for j in judges]
+            middle = np.array([j["accuracy"] for j in judges])
+            spread = np.abs(np.array([[j["low"], j["high"]] for j in judges]).T - middle)
+            axis.errorbar(rounds, middle, spread, fmt="o-", color="C3", markersize=4, capsize=3)
+            axis.axhline(.5, color="gray", lw=.8)
+            axis.set_title("self-judge on held-out human pairs")
+            axis.grid(alpha=.3)
+    figure.tight_layout()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def cost(run: Path) -> pd.DataFrame:
+    """The ledger, summed by stage and round."""
+    ledger = pd.read_parquet(Path(run) / "ledger.parquet")
+    return ledger.groupby(["stage", "iter"], dropna=False, sort=True).agg(
+        seconds=("seconds", "sum"), images=("images", "sum"), unet_forwards=("unet_forwards", "sum"),
+        optimizer_steps=("optimizer_steps", "sum"), peak_memory_bytes=("peak_memory_bytes", "max"),
+        device=("device", "last")).reset_index()

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# SAIL from the human seed to the table.
+#
+#   ./run_sail.sh                                 the embedded world, on a CPU, in minutes
+#   ./run_sail.sh tiny --run runs/no-mixup --alpha 1.0 --iters 5
+#   ./run_sail.sh --help                          every setting, its meaning, and the paper's value
+#
+# The same command after Ctrl-C, a crash or a power cut continues where it was. SAIL_ACTIVE=1 uses the active Python
+# environment instead of making .venv.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$root/lib/setup.sh"
+
+if [ "${1:-}" = study ]; then shift; exec "$python" "$root/lib/study.py" "$@"; fi
+if [ $# -gt 0 ] && [[ $1 != -* ]]; then set -- --preset "$@"; fi
+case " $* " in *" --help "* | *" -h "*) exec "$python" "$root/01_seed.py" --help;; esac
+
+line=$(PYTHONPATH="$root" "$python" -m lib.settings "$@")        # makes or checks <run>/config.json
+read -r iters alpha run <<< "$line"
+echo "run folder: $run"
+
+# Each stage runs unless what it makes last is there; it resumes within itself.
+stage() { [ -e "$run/$1" ] || ${SAIL_LAUNCH:-"$python"} "$root/$2" "${@:3}" --run "$run"; }
+stage prompts.parquet 01_seed.py                                # human pairs and prompts
+stage iter0/unet 04_train_dpo.py --iter 0                       # Iter0: Diffusion-DPO on the seed
+for ((k = 1; k <= iters; k++)); do
+    if [ "$alpha" != 0.0 ]; then                                # seed-only training needs no candidates
+        stage "iter$k/candidates.parquet" 02_generate.py --iter "$k"    # N per new prompt, from model k-1
+        stage "iter$k/pairs.parquet" 03_rank.py --iter "$k"             # its own ranking: best and worst
+    fi
+    stage "iter$k/unet" 04_train_dpo.py --iter "$k"             # model k, from the mix of human and own pairs
+done
+"$python" "$root/05_eval.py" --run "$run"                       # scores, table, curves, page

@@ -1,0 +1,282 @@
+"""A miniature run through the real driver: contracts, resume, determinism, and every error in one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, stage
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lib.run import UserError
+
+MINI = ["--iters", "2", "--seed-pairs", "8", "--holdout-pairs", "6", "--iter-prompts", "3", "--candidates", "4",
+        "--draws", "3", "--sample-steps", "3", "--iter0-steps", "4", "--iter-steps", "4", "--batch", "4",
+        "--micro-batch", "4", "--checkpoint-every", "1", "--eval-count", "8", "--lr", "1e-4"]
+ENV = os.environ | {"SAIL_ACTIVE": "1", "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}",
+                    "HF_HUB_OFFLINE": "1"}
+
+
+def command(run, *more):
+    return [ROOT / "run_sail.sh", "tiny", "--run", str(run), *MINI, *more]
+
+
+def driver(run, *more):
+    return subprocess.run(command(run, *more), env=ENV, cwd="/", capture_output=True, text=True)
+
+
+def call(number, run, *more):
+    """A stage's main in this process; its UserError as the one line that run_stage would print."""
+    try:
+        stage(number).main(["--run", str(run), *more])
+    except UserError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "mini"
+    done = driver(run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run.parent / "output.txt").write_text(done.stdout)
+    return run
+
+
+@pytest.fixture
+def copy(mini, tmp_path):
+    """A finished run to break."""
+    return shutil.copytree(mini, tmp_path / "mini")
+
+
+CONTRACT = {
+    "seed/pairs.parquet": "pair_id prompt win lose source", "seed/holdout.parquet": "pair_id prompt win lose source",
+    "prompts.parquet": "prompt_id prompt split", "iter1/candidates.parquet": "prompt_id prompt candidate seed image",
+    "iter1/rewards.parquet": "prompt_id prompt candidate seed image reward reward_se",
+    "iter1/pairs.parquet": "pair_id prompt win lose source margin",
+    "iter0/train_log.parquet": "step loss win_error_gain lose_error_gain margin accuracy lr grad_norm seconds",
+    "ledger.parquet": "stage iter seconds images unet_forwards optimizer_steps peak_memory_bytes device"}
+
+
+def test_contract_of_every_file(mini):
+    for name, columns in CONTRACT.items():
+        assert list(pd.read_parquet(mini / name).columns) == columns.split(), name
+    scores = pd.read_parquet(mini / "eval/scores.parquet")
+    assert list(scores.columns[:10]) == ("model benchmark style prompt_id prompt seed image alignment aesthetics "
+                                         "utility").split()
+    assert list(scores.model.unique()) == ["base", "Iter0", "Iter1", "Iter2"] and len(scores) == 4 * 8
+    assert set(json.loads((mini / "iter1/judge.json").read_text())) >= {"accuracy", "low", "high", "pairs", "diversity",
+                                                                         "draws", "anchor"}
+    assert {"settings", "versions", "commit", "hardware"} == set(json.loads((mini / "config.json").read_text()))
+    for name in ("table.md", "table.csv", "curves.png", "samples.png", "index.html"):
+        assert (mini / "eval" / name).stat().st_size > 100, name
+    assert (mini / "seed/preview.png").exists() and (mini / "iter2/preview.png").exists()
+    assert not list(mini.rglob("*.tmp")) and not list(mini.rglob("checkpoint*"))
+    images = [i for t in ("seed/pairs", "iter1/pairs") for c in ("win", "lose") for i in pd.read_parquet(mini / f"{t}.parquet")[c]]
+    for image in images + list(scores.image):
+        assert Image.open(mini / image).size == (32, 32)
+    from diffusers import UNet2DConditionModel
+    UNet2DConditionModel.from_pretrained(mini / "iter2/unet")
+
+
+def test_prompts_are_disjoint_and_pairs_are_best_and_worst(mini):
+    prompts, seed = pd.read_parquet(mini / "prompts.parquet"), pd.read_parquet(mini / "seed/pairs.parquet")
+    holdout = pd.read_parquet(mini / "seed/holdout.parquet")
+    everything = [*prompts.prompt, *set(seed.prompt), *set(holdout.prompt)]
+    assert len(everything) == len(set(everything)) and set(prompts.split) == {"iter1", "iter2", "eval"}
+    rewards, pairs = pd.read_parquet(mini / "iter2/rewards.parquet"), pd.read_parquet(mini / "iter2/pairs.parquet")
+    best = rewards.loc[rewards.groupby("prompt_id").reward.idxmax()].set_index("prompt")
+    worst = rewards.loc[rewards.groupby("prompt_id").reward.idxmin()].set_index("prompt")
+    for pair in pairs.itertuples():
+        assert (pair.win, pair.lose) == (best.image[pair.prompt], worst.image[pair.prompt]) and pair.source == "self"
+        assert pair.margin == pytest.approx(best.reward[pair.prompt] - worst.reward[pair.prompt], rel=1e-4)
+
+
+def test_rewards_equal_a_plain_loop(mini, rank):
+    """Two candidates of round 1, draw by draw, without any of the stage's batching."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "lib/tiny", torch_dtype=torch.float32)
+    model = UNet2DConditionModel.from_pretrained(mini / "iter0/unet")
+    settings = rank.Settings(**json.loads((mini / "config.json").read_text())["settings"])
+    rewards = pd.read_parquet(mini / "iter1/rewards.parquet")
+    for row in (0, 7):
+        r = rewards.iloc[row]
+        tokens = pipe.tokenizer(r.prompt, padding="max_length", return_tensors="pt").input_ids
+        x0 = load_file(mini / r.image.replace("images", "latents").replace(".png", ".safetensors"))["mean"]
+        times, noises = rank.reward_draws(settings, (1, int(r.prompt_id)), x0.shape)
+        total = 0.
+        with torch.no_grad():
+            embeds = pipe.text_encoder(tokens).last_hidden_state
+            for t, noise in zip(times, noises):
+                a = float(pipe.scheduler.alphas_cumprod[t])
+                x_t = (a ** .5 * x0 + (1 - a) ** .5 * noise)[None]
+                e = [float((u(x_t, t, embeds).sample[0].double() - noise.double()).square().mean())
+                     for u in (model, pipe.unet)]
+                total += -settings.beta / 2 * (e[0] - e[1]) / len(times)
+        assert r.reward == pytest.approx(total, rel=1e-3, abs=2e-3)
+
+
+def test_finished_run_does_nothing_again(mini):
+    before = {p: p.stat().st_mtime_ns for p in mini.rglob("*") if p.suffix in (".png", ".safetensors")
+              and "eval" not in p.parts and "preview" not in p.name}
+    assert driver(mini).returncode == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def same_results(one, two):
+    for name in [*CONTRACT, "eval/scores.parquet", "iter2/rewards.parquet", "iter2/train_log.parquet"]:
+        if name != "ledger.parquet":
+            a, b = (pd.read_parquet(run / name).drop(columns="seconds", errors="ignore") for run in (one, two))
+            pd.testing.assert_frame_equal(a, b, check_exact=True)
+    for k in range(3):
+        a, b = (load_file(run / f"iter{k}/unet/diffusion_pytorch_model.safetensors") for run in (one, two))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_killed_again_and_again_ends_the_same(mini, tmp_path):
+    """kill -9 the whole driver at moments spread over the stages, then let it finish: tables and weights are equal."""
+    run = tmp_path / "mini"
+    moments = [lambda: len(list(run.glob("seed/images/*.png"))) > 3, lambda: (run / "iter0/checkpoint.pt").exists(),
+               lambda: (run / "iter1/candidates.parquet").exists(), lambda: (run / "iter2/checkpoint.pt").exists(),
+               lambda: len(list(run.glob("eval/images/*/*.png"))) > 9]
+    for moment in moments:
+        process = subprocess.Popen(command(run), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
+        while not moment():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert driver(run).returncode == 0
+    same_results(mini, run)
+
+
+def test_a_picture_does_not_depend_on_its_batch(copy):
+    """Another batch size draws the same candidates and gives the same rewards, up to rounding."""
+    old = {p.name: load_file(p)["mean"] for p in (copy / "iter1/latents").iterdir()}
+    rewards = pd.read_parquet(copy / "iter1/rewards.parquet")
+    for name in ("images", "latents"):
+        shutil.rmtree(copy / "iter1" / name)
+    for name in ("candidates", "pairs"):
+        (copy / f"iter1/{name}.parquet").unlink()
+    assert call("02", copy, "--iter", "1", "--sample-batch", "5") is None
+    for name, latent in old.items():
+        assert torch.allclose(load_file(copy / "iter1/latents" / name)["mean"], latent, atol=1e-3), name
+    assert call("03", copy, "--iter", "1", "--rank-batch", "1") is None
+    again = pd.read_parquet(copy / "iter1/rewards.parquet")
+    np.testing.assert_allclose(again.reward, rewards.reward, rtol=.02, atol=.05 * rewards.reward.std())
+
+
+def test_help_lists_every_setting(rank):
+    import dataclasses
+    text = subprocess.run([ROOT / "run_sail.sh", "--help"], env=ENV, capture_output=True, text=True).stdout
+    for field in dataclasses.fields(rank.Settings):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "paper: 5000" in text and "paper: 0.25" in text
+
+
+# ---- every error: one line, exit code 2, before anything is spent ----
+
+def refused(message, *words):
+    assert message and "\n" not in message, message
+    for word in words:
+        assert word in message, message
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(mini):
+    done = driver(mini, "--beta", "5000")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    refused(done.stderr.strip(), "error: ", "beta = 20000.0", "5000", "--run")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--alpha", "1.5"], ["--alpha 1.5", "0..1"]), (["--alhpa", "0.5"], ["--alhpa"]), (["--beta", "x"], ["--beta", "'x'"]),
+    (["--batch", "12", "--micro-batch", "5"], ["--micro-batch 5"]), (["--iter-prompts", "5000"], ["--iter-prompts 5000"]),
+    (["--model", "runs/nowhere"], ["runs/nowhere", "does not exist"]), (["--candidates", "1"], ["--candidates 1"]),
+    (["--preset", "sd99"], ["sd99"]),
+    (["--iter-prompts", "few"], ["--iter-prompts few"]), (["--pairs", "mine.csv"], ["--pairs mine.csv", "all three"])])
+def test_bad_settings(tmp_path, arguments, words):
+    refused(call("01", tmp_path / "r", *arguments), *words)
+    assert not (tmp_path / "r/seed").exists()                             # nothing was spent
+
+
+def test_stage_without_its_input(copy, tmp_path):
+    refused(call("03", tmp_path / "none", "--iter", "1"), "config.json", "01_seed.py")
+    shutil.rmtree(copy / "iter0/unet")
+    (copy / "iter1/candidates.parquet").unlink()
+    shutil.rmtree(copy / "iter1/images")
+    refused(call("02", copy, "--iter", "1"), "iter0/unet", "04_train_dpo.py")
+    refused(call("02", copy, "--iter", "7"), "iter7", "prompts.parquet")
+
+
+def edit(path, change):
+    table = pd.read_parquet(path)
+    change(table).to_parquet(path, index=False)
+
+
+def test_bad_tables(copy):
+    (copy / "iter1/pairs.parquet").unlink()
+    edit(copy / "iter1/candidates.parquet", lambda t: t.rename(columns={"image": "picture"}))
+    refused(call("03", copy, "--iter", "1"), "candidates.parquet", "'image' is missing")
+    edit(copy / "iter1/candidates.parquet", lambda t: t.rename(columns={"picture": "image"}).replace(
+        {"image": {t.picture[2]: "../../outside.png"}}))
+    refused(call("03", copy, "--iter", "1"), "row 2", "leaves the run folder")
+    shutil.rmtree(copy / "iter2/unet")
+    edit(copy / "iter2/pairs.parquet", lambda t: t.iloc[:0])
+    refused(call("04", copy, "--iter", "2"), "iter2/pairs.parquet", "no rows")
+    (copy / "seed/pairs.parquet").write_bytes(b"not parquet")
+    refused(call("04", copy, "--iter", "2"), "seed/pairs.parquet", "not a readable Parquet")
+
+
+def test_prompt_in_two_splits(copy):
+    (copy / "iter2/candidates.parquet").unlink()
+    edit(copy / "prompts.parquet", lambda t: t.assign(prompt=[t.prompt[0], t.prompt[0], *t.prompt[2:]]))
+    refused(call("02", copy, "--iter", "2"), "prompts.parquet, row 1", "stands in split 'iter1'")
+    seed = pd.read_parquet(copy / "seed/pairs.parquet").prompt[0]
+    edit(copy / "prompts.parquet", lambda t: t.assign(prompt=[*t.prompt[:1], seed, *t.prompt[2:]]))
+    refused(call("02", copy, "--iter", "2"), "prompts.parquet, row 1", "seed")
+
+
+def test_unreadable_image_without_latent(copy):
+    shutil.rmtree(copy / "iter0/unet")
+    image = pd.read_parquet(copy / "seed/pairs.parquet").win[3]
+    (copy / image).write_bytes(b"no picture")
+    (copy / image.replace("images", "latents").replace(".png", ".safetensors")).unlink()
+    refused(call("04", copy, "--iter", "0"), "row 3", "cannot read the image")
+    (copy / image).unlink()
+    refused(call("04", copy, "--iter", "0"), "row 3", "does not exist")
+
+
+def test_missing_latent_is_made_once(copy):
+    shutil.rmtree(copy / "iter0/unet")
+    latents = {p: p.read_bytes() for p in (copy / "seed/latents").iterdir()}
+    pair = pd.read_parquet(copy / "seed/pairs.parquet").iloc[0]
+    lost = copy / pair.win.replace("images", "latents").replace(".png", ".safetensors")
+    lost.unlink()
+    assert call("04", copy, "--iter", "0") is None
+    made = load_file(lost)
+    assert set(made) == {"mean", "std"} and made["mean"].shape == (12, 8, 8)
+    assert all(p.read_bytes() == old for p, old in latents.items() if p != lost)
+
+
+def test_nan_stops_training_and_keeps_the_last_checkpoint(copy):
+    shutil.rmtree(copy / "iter0/unet")
+    for path in (copy / "seed/latents").iterdir():
+        save_file({k: v * float("nan") for k, v in load_file(path).items()}, path)
+    refused(call("04", copy, "--iter", "0"), "iter0, step 0", "not finite", "--lr")
+    assert not (copy / "iter0/unet").exists()
+
+
+def test_anchor_iter0_in_round_1(copy):
+    (copy / "iter1/pairs.parquet").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    config["settings"]["anchor"] = "iter0"
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(call("03", copy, "--iter", "1"), "--anchor iter0", "--anchor base")
