@@ -17,6 +17,7 @@ case " $* " in *" --help "* | *" -h "*) exec "$python" "$root/01_seed.py" --help
 
 line=$(PYTHONPATH="$root" "$python" -m lib.settings "$@")        # makes or checks <run>/config.json
 read -r iters alpha run <<< "$line"
+find "$run" -name '.*.tmp' -type f -delete                      # what a kill left half-written
 echo "run folder: $run"
 
 # Each stage runs unless what it makes last is there; it resumes within itself.

@@ -74,11 +74,11 @@ def load_unet(s: Settings, k: int, trained: bool = False) -> UNet2DConditionMode
     folder = unet_folder(s, k)
     dtype = torch.float32 if trained else dtype_of(s)
     if folder is None:
-        unet = _load(UNet2DConditionModel.from_pretrained, s.model, subfolder="unet", torch_dtype=dtype)
+        unet = _load(UNet2DConditionModel.from_pretrained, s.model, subfolder="unet", dtype=dtype)
     elif not folder.exists():
         raise UserError(f"{folder} does not exist: run 04_train_dpo.py --run {s.run} --iter {k} first")
     else:
-        unet = _load(UNet2DConditionModel.from_pretrained, str(folder), torch_dtype=dtype)
+        unet = _load(UNet2DConditionModel.from_pretrained, str(folder), dtype=dtype)
     unet.requires_grad_(trained).train(trained)
     layout = torch.channels_last if device_of(s).type == "cuda" else torch.contiguous_format
     return unet.to(device_of(s), memory_format=layout)
@@ -91,7 +91,7 @@ def load_scheduler(s: Settings):
 
 def load_vae(s: Settings) -> AutoencoderKL:
     where = {} if s.vae else {"subfolder": "vae"}
-    vae = _load(AutoencoderKL.from_pretrained, s.vae or s.model, torch_dtype=dtype_of(s), **where)
+    vae = _load(AutoencoderKL.from_pretrained, s.vae or s.model, dtype=dtype_of(s), **where)
     return vae.requires_grad_(False).eval().to(device_of(s))
 
 

@@ -72,7 +72,9 @@ def _fit(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     pattern = patterns[energy.argmax(1)]
     pattern_map = world.PATTERNS[pattern].flatten(1)
     energy = torch.where(patterns == pattern[:, None], energy, -1.)
-    best = torch.stack([torch.where(shapes == s, energy, -1.).argmax(1) for s in range(6)], 1)          # (B, 6)
+    per_shape = torch.stack([torch.where(shapes == s, energy, -1.).max(1).values for s in range(6)], 1)
+    likely = per_shape.topk(4).indices                                                     # (B, 4) shapes to refine
+    best = torch.stack([torch.where(shapes == s[:, None], energy, -1.).argmax(1) for s in likely.T], 1)
     shape, pose = shapes[best], poses[best]
     for step, softness in ((.05, (2.,)), (.03, (1., 2., 3.2))):
         shape, pose, soft = _refine(shape, pose, step, softness)
@@ -127,3 +129,27 @@ def first_wins(utility_first: torch.Tensor, utility_second: torch.Tensor, noise:
     chance = torch.sigmoid((utility_first - utility_second) / noise) if noise > 0 else \
         (utility_first > utility_second).float()
     return torch.rand(chance.shape, generator=generator) < chance
+
+
+if __name__ == "__main__":           # python -m lib.oracle: how far to trust the world, its autoencoder and its base model
+    from diffusers import StableDiffusionPipeline
+
+    from lib.settings import ROOT
+    rng = torch.Generator().manual_seed(2026)
+    texts = [world.CAPTIONS[i] for i in torch.randint(len(world.CAPTIONS), (256,), generator=rng)]
+    scene = world.sample_scenes(texts, rng)
+    drawn = world.render(scene)
+    seen = read(drawn)
+    print("true renders, attributes read right:",
+          {k: round((seen[k] == scene[k]).float().mean().item(), 3) for k in ("colour", "shape", "style", "background")})
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "lib" / "tiny", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        rebuilt = (pipe.vae.decode(pipe.vae.encode(drawn * 2 - 1).latent_dist.mean).sample / 2 + .5).clamp(0, 1)
+    print(f"autoencoder: {-10 * (rebuilt - drawn).square().mean().log10():.1f} dB")
+    line = lambda pictures: "  ".join(f"{k} {v.mean():.3f}" for k, v in score(texts, pictures).items())
+    print(f"{'true renders':22}{line(drawn)}\n{'  through it':22}{line(rebuilt)}")
+    for guidance in (1., 1.5, 2., 3., 4.):
+        pictures = pipe(texts, num_inference_steps=10, guidance_scale=guidance, output_type="pt",
+                        generator=[torch.Generator().manual_seed(i) for i in range(len(texts))]).images
+        print(f"{f'base, guidance {guidance:g}':22}{line(pictures)}")

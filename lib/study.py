@@ -140,8 +140,12 @@ def main(argv: list[str]) -> None:
     own, settings = parser.parse_known_args(argv)
     seeds = list(range(own.seeds))
     with ThreadPoolExecutor(own.workers) as pool:
-        for arms in (["SAIL"], [a for a in own.arms if a != "SAIL"]):         # the rest share what SAIL made
-            list(pool.map(lambda job: run_arm(own.out, *job, settings, own.workers), [(a, s) for s in seeds for a in arms]))
+        start = lambda arm, seed, after=None: pool.submit(
+            lambda: (after and after.result(), run_arm(own.out, arm, seed, settings, own.workers)))
+        first = {seed: start("SAIL", seed) for seed in seeds}
+        rest = [start(arm, seed, first[seed]) for seed in seeds for arm in own.arms if arm != "SAIL"]
+        for future in [*first.values(), *rest]:
+            future.result()
     write_results(own.out, own.arms, seeds)
 
 

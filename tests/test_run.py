@@ -102,7 +102,7 @@ def test_prompts_are_disjoint_and_pairs_are_best_and_worst(mini):
 def test_rewards_equal_a_plain_loop(mini, rank):
     """Two candidates of round 1, draw by draw, without any of the stage's batching."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "lib/tiny", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "lib/tiny", dtype=torch.float32)
     model = UNet2DConditionModel.from_pretrained(mini / "iter0/unet")
     settings = rank.Settings(**json.loads((mini / "config.json").read_text())["settings"])
     rewards = pd.read_parquet(mini / "iter1/rewards.parquet")

@@ -16,9 +16,11 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from PIL import Image
 
 from lib import scorers
@@ -26,12 +28,13 @@ from lib.run import UserError
 from lib.scorers import load_scorer, version
 
 HEAD = Path(__file__).resolve().parents[2] / "shared/data/sac+logos+ava1-l14-linearMSE.pth"
-PROMPTS = ["a red star on a blue background", "", "Mädchen mit Perlenohrring, 戴珍珠耳环的少女 — déjà 🎨",
+PROMPTS = ["a red star on a blue background", "", "Mädchen mit Perlenohrring, 戴珍珠耳环的少女 — 🎨",
            "an astronaut riding a horse, " * 40, "  Two\n\tCATS it's 1999!  "]
 ENTITY = "cats &amp; dogs &lt;3，ＯＫ"                            # cleaned up by open_clip, not by transformers
 HPSV2 = {"embed_dim": 96,
          "vision_cfg": {"image_size": 224, "layers": 2, "width": 160, "head_width": 80, "patch_size": 32},
          "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}
+FULL_BLIP = scorers.BLIP_VISION, scorers.BLIP_TEXT
 BLIP_VISION = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512,
                "patch_size": 32}
 BLIP_TEXT = {"encoder_hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 101}
@@ -85,7 +88,6 @@ def sized_hpsv2(config: dict = HPSV2):
 def import_hpsv2():
     """hpsv2.img_score. Its wheel lacks CLIP's vocabulary, it imports tkinter's turtle, and it downloads base weights
     that the checkpoint then overwrites."""
-    import open_clip
     vocabulary, open_gzip = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz", gzip.open
     sys.modules.setdefault("turtle", types.SimpleNamespace(forward=None))
     gzip.open = lambda path, *rest: open_gzip(path if Path(path).exists() else vocabulary, *rest)
@@ -100,7 +102,6 @@ def import_hpsv2():
 
 
 def random_hpsv2(path: Path) -> Path:
-    import open_clip
     torch.manual_seed(0)
     torch.save({"state_dict": open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).state_dict()}, path)
     return path
@@ -160,7 +161,7 @@ def random_imagereward(folder: Path):
                                   vision["hidden_size"])
     config = {"vocab_size": 30524, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
               "intermediate_size": 3072, "add_cross_attention": True, "layer_norm_eps": 1e-12, "pad_token_id": 0}
-    config |= {key: value for key, value in text.items() if key in config}
+    config |= {key: text[key] for key in ("vocab_size", "num_hidden_layers") if key in text}
     (folder / "med_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     model = module.ImageReward(str(folder / "med_config.json")).eval()
@@ -204,7 +205,6 @@ def clip_image(image: Image.Image, w, heads: int, activation):
 
 
 def clip_text(prompt: str, w, heads: int, activation):
-    import open_clip
     ids = open_clip.tokenize([prompt])[0]
     ids = ids[:ids.argmax() + 1]                                 # up to the end token, the highest id
     x = w["text_model.embeddings.token_embedding.weight"][ids]
@@ -215,11 +215,10 @@ def clip_text(prompt: str, w, heads: int, activation):
 
 def random_clip(folder: Path, activation: str, projection: int) -> dict:
     """A small CLIP as transformers saves it, with the real vocabulary; its weights in float64."""
-    import open_clip
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256, "hidden_act": activation}
     config = CLIPConfig(projection_dim=projection, logit_scale_init_value=4.6,
-                        text_config=sizes | {"hidden_size": 64, "eos_token_id": 49407, "bos_token_id": 49406},
+                        text_config=sizes | {"hidden_size": 64, "eos_token_id": 2},       # as the published files say
                         vision_config=sizes | {"hidden_size": 128, "patch_size": 32})
     torch.manual_seed(1)
     model = CLIPModel(config)
@@ -295,6 +294,41 @@ def test_imagereward_equals_the_package(imagereward):
     with torch.no_grad():
         expected = [official.score(p, im) for p, im in zip(prompts, images)]
     assert_equal(load_scorer("imagereward", str(folder))(prompts, images), expected, 1e-5)
+
+
+@pytest.mark.parametrize("version", ["v2.0", "v2.1"])
+def test_full_size_hpsv2_has_the_weights_of_the_package(hpsv2, version, monkeypatch):
+    """Without a byte of them: on the meta device, where a tensor is only its shape. And the file's name."""
+    theirs = importlib.import_module("hpsv2.src.open_clip")
+    configs = [Path(package.__file__).parent / "model_configs/ViT-H-14.json" for package in (theirs, open_clip)]
+    with init_empty_weights():
+        state = theirs.CLIP(**json.loads(configs[0].read_text())).state_dict()
+    monkeypatch.setattr(scorers, "read_weights", lambda path: state)
+    with sized_hpsv2(json.loads(configs[1].read_text())):
+        scorers.load_hpsv2(Path(), "meta")
+    assert len(state) == 686
+    ours = scorers.FILES["hpsv2" if version == "v2.0" else "hpsv2.1"]
+    assert list(ours) == [importlib.import_module("hpsv2.utils").hps_version_map[version]]
+
+
+def test_full_size_imagereward_has_the_weights_of_the_package(imagereward, monkeypatch):
+    blip = importlib.import_module("ImageReward.models.BLIP.blip")
+    bert = importlib.import_module("ImageReward.models.BLIP.med")
+    text = {"vocab_size": 30524, "add_cross_attention": True, "encoder_width": 1024}     # else BERT-base, the default
+    with init_empty_weights():
+        vision, _ = blip.create_vit("large", 224)
+        text = bert.BertModel(bert.BertConfig(**text), add_pooling_layer=False)
+        head = importlib.import_module("ImageReward.ImageReward").MLP(768)
+    state = {f"blip.visual_encoder.{k}": v for k, v in vision.state_dict().items()}
+    state |= {f"blip.text_encoder.{k}": v for k, v in text.state_dict().items()}
+    state |= {f"mlp.{k}": v for k, v in head.state_dict().items()}
+    monkeypatch.setattr(scorers, "read_weights", lambda path: state)
+    monkeypatch.setattr(scorers, "BLIP_VISION", FULL_BLIP[0])
+    monkeypatch.setattr(scorers, "BLIP_TEXT", FULL_BLIP[1])
+    scorers.load_imagereward(Path(), imagereward[0] / "vocab.txt", "meta")
+    assert FULL_BLIP[0]["num_attention_heads"] == vision.blocks[0].attn.num_heads
+    assert FULL_BLIP[0]["layer_norm_eps"] == vision.norm.eps
+    assert FULL_BLIP[1]["num_attention_heads"] == text.config.num_attention_heads
 
 
 def test_pickscore_equals_its_formula(pickscore):

@@ -87,7 +87,7 @@ def test_base_model_is_a_plain_pipeline_that_draws_what_is_asked(scenes):
     from diffusers import StableDiffusionPipeline
     size = sum(f.stat().st_size for f in (ROOT / "lib/tiny").rglob("*") if f.is_file())
     assert size < 10e6
-    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "lib/tiny", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "lib/tiny", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     captions, _, pictures = scenes
     drawn = pipe(captions[:48], num_inference_steps=10, guidance_scale=2., output_type="pt",

@@ -85,9 +85,9 @@ def main() -> None:
         model.device = args.device
         compare("imagereward", scorers.imagereward_pixels, model.score, Path(folder), prompts, images, args)
 
-    print("What bounds ours: the encoders' forward while resizing alone is much faster (a CPU), else resizing, of which "
-          "four threads\nrun (a GPU). What the official packages add: hpsv2 a read of the checkpoint and a text forward "
-          "for every image,\nImageReward a forward for every image, which costs a CPU little and a GPU its batches.")
+    print("What bounds ours: the encoders' forward while resizing alone is much faster (a CPU), else resizing, which\n"
+          "four threads share (a GPU). What the packages add per image: hpsv2 a read of its checkpoint and a text\n"
+          "forward, ImageReward a forward of its own, which costs a CPU little and a GPU its batches.")
 
 
 if __name__ == "__main__":
