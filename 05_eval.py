@@ -65,7 +65,7 @@ def score_row(s: Settings, name: str, where: int | Path, prompts: pd.DataFrame, 
         return read_table(kept, (*report.KEYS, *score_names(s)), "05_eval.py")
     unet = None
     if isinstance(where, Path):
-        unet = UNet2DConditionModel.from_pretrained(where, torch_dtype=models.dtype_of(s)).to(models.device_of(s)).eval()
+        unet = UNet2DConditionModel.from_pretrained(where, dtype=models.dtype_of(s)).to(models.device_of(s)).eval()
     paint(s, where if unet is None else -1, jobs, ledger, f"eval {name}", keep_latents=False, unet=unet)
     if s.scores == "world":
         scores = oracle.score(jobs.prompt.tolist(), report.read_pictures(s.run, jobs.image))

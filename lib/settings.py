@@ -39,11 +39,11 @@ class Settings:
     prompts: str = setting("world", "prompts of the rounds: world, pairs (the pair source's other prompts), or a file of "
                                     "prompts (text with one a line, CSV, JSON, Parquet)", "Pick-a-Pic v2")
     eval_prompts: str = setting("world", "evaluation prompts: world, dev (the world's, for tuning), or a file of prompts")
-    seed_pairs: int = setting(64, "human pairs in the seed", "about 50000 of 0.8M")
+    seed_pairs: int = setting(128, "human pairs in the seed", "about 50000 of 0.8M")
     holdout_pairs: int = setting(200, "human pairs kept to measure the self-judge; never trained on")
-    iter_prompts: str = setting("32", "new prompts per round; with commas, one number per round, the last one repeats",
+    iter_prompts: str = setting("48", "new prompts per round; with commas, one number per round, the last one repeats",
                                 "SD1.5: 10000,20000,20000; SDXL: 10000,20000")
-    label_noise: float = setting(.25, "world only: the annotators' Bradley-Terry temperature, in units of utility")
+    label_noise: float = setting(.15, "world only: the annotators' Bradley-Terry temperature, in units of utility")
     # 02: generate
     candidates: int = setting(8, "N, candidates per prompt", "8")
     sampler: str = setting("ddim", "sampler of candidates and evaluation", "SD1.5: ddpm, SDXL: ddim",
@@ -60,22 +60,22 @@ class Settings:
     select: str = setting("best-worst", "how a prompt's pair is chosen", "best-worst", choices=("best-worst", "random"))
     rank_batch: int = setting(320, "noised latents per forward in ranking", free=True)
     # 04: train
-    beta: float = setting(20000., "strength of the KL anchor in the loss and scale of the reward", "5000")
-    lr: float = setting(3e-5, "learning rate after warm-up", "not given")
+    beta: float = setting(2000., "strength of the KL anchor in the loss and scale of the reward", "5000")
+    lr: float = setting(1e-5, "learning rate after warm-up", "not given")
     optimizer: str = setting("adamw", "optimizer", "SD1.5: adamw, SDXL: adafactor", choices=("adamw", "adafactor"))
     weight_decay: float = setting(1e-2, "weight decay", "1e-2 (DiffusionDPO)")
     max_grad_norm: float = setting(1., "gradient clipping", "1.0 (DiffusionDPO)")
     warmup: int = setting(10, "linear warm-up steps", "DiffusionDPO: 500 (SD1.5), 200 (SDXL)")
-    batch: int = setting(12, "pairs per optimizer step", "128")
-    micro_batch: int = setting(12, "pairs per forward; divides batch, the rest is accumulated", free=True)
-    iter0_steps: int = setting(80, "optimizer steps of Iter0; 0 means one pass over the seed", "not given")
-    iter_steps: int = setting(60, "optimizer steps of a round; 0 means one pass over its mix", "one pass (our reading)")
+    batch: int = setting(24, "pairs per optimizer step", "128")
+    micro_batch: int = setting(24, "pairs per forward; divides batch, the rest is accumulated", free=True)
+    iter0_steps: int = setting(100, "optimizer steps of Iter0; 0 means one pass over the seed", "not given")
+    iter_steps: int = setting(40, "optimizer steps of a round; 0 means one pass over its mix", "one pass (our reading)")
     alpha: float = setting(.25, "share of self-made pairs in a round's training data, 0..1", "0.25")
     prompt_dropout: float = setting(0., "probability of training on the empty prompt", "0.2 (DiffusionDPO)")
     checkpoint_every: int = setting(40, "optimizer steps between checkpoints to resume from", free=True)
     # 05: evaluate
     eval_count: int = setting(240, "evaluation prompts", "500, 3200 and 1632")
-    eval_seeds: int = setting(1, "images per evaluation prompt and model", "1")
+    eval_seeds: int = setting(2, "images per evaluation prompt and model", "1")
     scores: str = setting("world", "world, or a list with commas of pickscore, hpsv2, hpsv2.1, imagereward, aesthetics",
                           "pickscore,imagereward,aesthetics,hpsv2")
     score_weights: str = setting("", "weights of the scores, where not the published ones: name=path with commas", free=True)

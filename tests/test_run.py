@@ -193,7 +193,7 @@ def refused(message, *words):
 def test_a_refusal_is_one_line_and_exit_code_2(mini):
     done = driver(mini, "--beta", "5000")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    refused(done.stderr.strip(), "error: ", "beta = 20000.0", "5000", "--run")
+    refused(done.stderr.strip(), "error: ", "beta = 2000.0", "5000", "--run")
 
 
 @pytest.mark.parametrize("arguments, words", [
