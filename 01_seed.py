@@ -66,7 +66,8 @@ def world_pairs(s: Settings, captions: list[str], ledger: Ledger) -> tuple[pd.Da
     prompts = [free[i % len(free)] for i in range(s.seed_pairs)] + \
               [held[i % len(held)] for i in range(s.holdout_pairs)]
     jobs = pd.DataFrame([{"prompt": prompt, "seed": seed_of(s.seed, "seed pair", i, side),
-                          "image": f"seed/images/{i:05d}_{side}.png"} for i, prompt in enumerate(prompts) for side in "ab"])
+                          "image": f"seed/images/{i:05d}_{side}.png"}
+                         for i, prompt in enumerate(prompts) for side in "ab"])
     paint(s, -1, jobs, ledger, "seed images", keep_latents=True)
     utility = oracle.score(jobs.prompt.tolist(), report.read_pictures(run, jobs.image))["utility"].reshape(count, 2)
     first = oracle.first_wins(utility[:, 0], utility[:, 1], s.label_noise, generator(s.seed, "annotator"))

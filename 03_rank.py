@@ -68,7 +68,8 @@ def errors_of(s: Settings, unets: list, groups: list[dict], ledger: Ledger, titl
     if state.is_main_process:
         encoder.prepare([g["prompt"] for g in groups])
     state.wait_for_everyone()
-    device, per_batch = models.device_of(s), max(1, s.rank_batch // (max(len(g["images"]) for g in groups) * s.draws))
+    device = models.device_of(s)
+    per_batch = max(1, s.rank_batch // (max(len(g["images"]) for g in groups) * s.draws))
     batches = [groups[i:i + per_batch] for i in range(0, len(groups), per_batch)]
     found = []
     for batch in tqdm(batches[state.process_index::state.num_processes], desc=title, unit="batch",
@@ -168,9 +169,8 @@ def main(argv: list[str]) -> None:
             write_json(judge, folder / "judge.json")
             report.pair_sheet(run, pairs.head(24), folder / "preview.png", ("best", "worst"))
             write_table(pairs, folder / "pairs.parquet")
-    accuracy = f"{judge['accuracy']:.2f} [{judge['low']:.2f}, {judge['high']:.2f}]" if judge["pairs"] else "not measured"
-    print(f"03 rank, iter {k}: judge (model {k - 1}) accuracy on {judge['pairs']} held-out human pairs {accuracy}, "
-          f"diversity {judge['diversity']:.3f}, margin {judge['margin']:.2f}; see {folder}/preview.png")
+    print(f"03 rank, iter {k}: {len(pairs)} {s.select} pairs ranked by model {k - 1}, which agrees with people on "
+          f"{judge['accuracy'] or float('nan'):.0%} of {judge['pairs']} held-out pairs; see {folder}/preview.png")
 
 
 if __name__ == "__main__":

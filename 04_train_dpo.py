@@ -18,6 +18,7 @@ policy error, above zero is better than the reference), their difference (margin
     python 04_train_dpo.py --run runs/tiny --iter 1
 """
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -188,6 +189,17 @@ def watch(row: dict, k: int, s: Settings) -> None:
                         f"reference's, it has diverged; lower --lr (now {s.lr}) or raise --beta (now {s.beta})")
 
 
+def summary_line(k: int, log: pd.DataFrame, judge: Path) -> str:
+    """A round in one line: the self-judge that made its pairs, and the second half of its training."""
+    last, said = log.tail(max(1, len(log) // 2)).mean(), ""
+    if judge.exists():
+        j = json.loads(judge.read_text())
+        accuracy = f"{j['accuracy']:.2f} [{j['low']:.2f}, {j['high']:.2f}]" if j["pairs"] else "not measured"
+        said = f"self-judge {accuracy}, diversity {j['diversity']:.3f}, self-pair margin {j['margin']:.2f} | "
+    return (f"Iter{k}: {said}{len(log)} steps: loss {last.loss:.3f}, winner gain {last.win_error_gain:+.1e}, loser gain "
+            f"{last.lose_error_gain:+.1e}, margin {last.margin:+.2f}, implicit accuracy {last.accuracy:.2f}")
+
+
 def main(argv: list[str]) -> None:
     s, own = load(argv, __doc__, ITER)
     k, folder = own.iter, Path(s.run) / f"iter{own.iter}"
@@ -204,10 +216,7 @@ def main(argv: list[str]) -> None:
             policy.save_pretrained(folder / "unet.tmp")
             (folder / "unet.tmp").rename(folder / "unet")
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-    last = log.tail(max(1, len(log) // 2)).mean()
-    print(f"04 train, iter {k}: {len(log)} steps on {n_human} human and {len(pairs) - n_human} self-made pairs; second "
-          f"half: loss {last.loss:.3f}, winner gain {last.win_error_gain:+.1e}, loser gain {last.lose_error_gain:+.1e}, "
-          f"margin {last.margin:+.2f}, implicit accuracy {last.accuracy:.2f}")
+    print(summary_line(k, log, folder / "judge.json"))
 
 
 if __name__ == "__main__":

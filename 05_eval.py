@@ -50,7 +50,8 @@ def score_names(s: Settings) -> list[str]:
 def eval_jobs(s: Settings, name: str, prompts: pd.DataFrame) -> pd.DataFrame:
     """One row per image. The noise depends on prompt and number only: the same for all models, runs and run seeds."""
     folder = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
-    benchmark, style = Path(s.eval_prompts).stem, lambda p: world.STYLES[world.parse(p)[2]] if world.parse(p) else ""
+    benchmark = Path(s.eval_prompts).stem
+    style = lambda prompt: world.STYLES[world.parse(prompt)[2]] if world.parse(prompt) else ""
     jobs = [{"model": name, "benchmark": benchmark, "style": style(p.prompt), "prompt_id": p.prompt_id, "prompt": p.prompt, "seed": seed_of("eval", p.prompt, n),
              "image": f"eval/images/{folder}/{p.prompt_id:06d}_{n}.png"}
             for p in prompts.itertuples() for n in range(s.eval_seeds)]
@@ -104,7 +105,8 @@ def main(argv: list[str]) -> None:
     summary = report.summarise(scores, score_names(s), "base", "Iter0")
     table = report.readable(summary, score_names(s), facts_of(s, rows))
     with_settings = json.loads((run / "config.json").read_text())
-    notes = [f"{len(prompts)} prompts x {s.eval_seeds} images; {s.sampler}, {s.sample_steps} steps, guidance {s.cfg_scale}",
+    notes = [f"{len(prompts)} prompts x {s.eval_seeds} images; {s.sampler}, {s.sample_steps} steps, guidance "
+             f"{s.cfg_scale}",
              "intervals: 95%, bootstrap over prompts; gains paired by prompt and noise",
              " ".join(f"{k} {v}" for k, v in with_settings["versions"].items() if v),
              f"code {with_settings['commit']}, {with_settings['hardware']}"]
@@ -120,7 +122,8 @@ def main(argv: list[str]) -> None:
                for p in sorted(run.glob("iter*/preview.png"))]
     page.write_page(run, table, scores, f"SAIL: {run.name}", notes, [(c, p) for c, p in sheets if (run / p).exists()])
     print(report.markdown(table.drop(columns="benchmark")))
-    print(report.cost(run)[["stage", "iter", "seconds", "images", "unet_forwards", "optimizer_steps"]].round(1).to_string(index=False))
+    columns = ["stage", "iter", "seconds", "images", "unet_forwards", "optimizer_steps"]
+    print(report.cost(run)[columns].round(1).to_string(index=False))
     print(f"05 eval: {folder}/table.md, curves.png, samples.png; open {folder}/index.html")
 
 

@@ -3,7 +3,6 @@
 import functools
 import gc
 import hashlib
-import json
 from pathlib import Path
 
 import torch

@@ -131,7 +131,7 @@ def first_wins(utility_first: torch.Tensor, utility_second: torch.Tensor, noise:
     return torch.rand(chance.shape, generator=generator) < chance
 
 
-if __name__ == "__main__":           # python -m lib.oracle: how far to trust the world, its autoencoder and its base model
+if __name__ == "__main__":           # python -m lib.oracle: how far to trust the world, its autoencoder, its base model
     from diffusers import StableDiffusionPipeline
 
     from lib.settings import ROOT
@@ -140,8 +140,8 @@ if __name__ == "__main__":           # python -m lib.oracle: how far to trust th
     scene = world.sample_scenes(texts, rng)
     drawn = world.render(scene)
     seen = read(drawn)
-    print("true renders, attributes read right:",
-          {k: round((seen[k] == scene[k]).float().mean().item(), 3) for k in ("colour", "shape", "style", "background")})
+    right = lambda k: round((seen[k] == scene[k]).float().mean().item(), 3)
+    print("true renders, attributes read right:", {k: right(k) for k in ("colour", "shape", "style", "background")})
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "lib" / "tiny", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():

@@ -77,7 +77,8 @@ def train_vae(folder: Path) -> AutoencoderKL:
             group["lr"] = VAE_LR * cosine(step, VAE_STEPS)
         pictures = scenes(VAE_BATCH, generator)[1] * 2 - 1
         posterior = vae.encode(pictures).latent_dist
-        rebuilt = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.std.shape, generator=generator)).sample
+        latents = posterior.mean + posterior.std * torch.randn(posterior.std.shape, generator=generator)
+        rebuilt = vae.decode(latents).sample
         error = F.mse_loss(rebuilt, pictures)
         (error + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)

@@ -1,6 +1,5 @@
 """Numbers with intervals, the table, the curves and the sheets of pictures."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.run import atomic, open_image, write_table, write_text
+from lib.run import atomic, open_image
 
 RESAMPLES = 4000
 KEYS = ["model", "benchmark", "style", "prompt_id", "prompt", "seed", "image"]      # scores.parquet, before the scores
@@ -42,8 +41,8 @@ def summarise(scores: pd.DataFrame, names: list[str], base: str, iter0: str | No
         models = [m for m in scores.model.unique() if m in wide.columns]
         values = wide[models].to_numpy()                                                         # (prompts, models)
         low, high = bootstrap(values)
-        row = {m: {"benchmark": benchmark, "model": m, "score": name, "prompts": len(values), "mean": values[:, i].mean(),
-                   "low": low[i], "high": high[i]} for i, m in enumerate(models)}
+        row = {m: {"benchmark": benchmark, "model": m, "score": name, "prompts": len(values),
+                   "mean": values[:, i].mean(), "low": low[i], "high": high[i]} for i, m in enumerate(models)}
         for title, reference in (("gain", base), ("over_iter0", iter0)):
             if reference in models:
                 gains = values - values[:, [models.index(reference)]]
@@ -61,17 +60,18 @@ def summarise(scores: pd.DataFrame, names: list[str], base: str, iter0: str | No
 
 def readable(summary: pd.DataFrame, names: list[str], facts: dict[str, dict]) -> pd.DataFrame:
     """The table people read: a row per benchmark and model; `facts` adds columns such as human pairs, by model."""
-    number = lambda r, k: "" if pd.isna(r.get(k, np.nan)) else f"{r[k]:.3f} [{r[k + '_low']:.3f}, {r[k + '_high']:.3f}]"
-    signed = lambda r, k: "" if pd.isna(r.get(k, np.nan)) else f"{r[k]:+.3f} [{r[k + '_low']:+.3f}, {r[k + '_high']:+.3f}]"
+    cell = lambda r, k, sign: "" if pd.isna(r.get(k, np.nan)) else \
+        f"{r[k]:{sign}.3f} [{r[k + '_low']:{sign}.3f}, {r[k + '_high']:{sign}.3f}]"
     rows = []
     for (benchmark, model), part in summary.groupby(["benchmark", "model"], sort=False):
-        by_score = {r["score"]: r for r in part.rename(columns={"low": "mean_low", "high": "mean_high"}).to_dict("records")}
+        part = part.rename(columns={"low": "mean_low", "high": "mean_high"})
+        by_score = {r["score"]: r for r in part.to_dict("records")}
         row = {"benchmark": benchmark, "model": model, **facts.get(model, {})}
-        row |= {name: number(by_score[name], "mean") for name in names}
+        row |= {name: cell(by_score[name], "mean", "") for name in names}
         for name in names:
-            row[f"{name}: gain over base"] = signed(by_score[name], "gain")
+            row[f"{name}: gain over base"] = cell(by_score[name], "gain", "+")
         main = by_score[names[-1]]
-        row[f"{names[-1]}: over Iter0"] = signed(main, "over_iter0")
+        row[f"{names[-1]}: over Iter0"] = cell(main, "over_iter0", "+")
         row["win rate over base"] = "" if pd.isna(main.get("win_rate", np.nan)) else f"{main['win_rate']:.0%}"
         rows.append(row)
     table = pd.DataFrame(rows)
@@ -80,7 +80,7 @@ def readable(summary: pd.DataFrame, names: list[str], facts: dict[str, dict]) ->
 
 def markdown(table: pd.DataFrame) -> str:
     cell = lambda v: str(v).replace("|", "\\|").replace("\n", " ")
-    lines = [list(map(cell, table.columns)), ["---"] * len(table.columns)] + [list(map(cell, r)) for r in table.to_numpy()]
+    lines = [list(map(cell, table.columns)), ["---"] * len(table.columns), *(list(map(cell, r)) for r in table.to_numpy())]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -120,7 +120,7 @@ def pair_sheet(run: Path, pairs: pd.DataFrame, path: Path, titles: tuple[str, st
     rows, labels = [], []
     for start in range(0, len(pairs), across):
         part = pairs.iloc[start:start + across]
-        rows.append([open_image(run / image, path, start) for pair in part.itertuples() for image in (pair.win, pair.lose)])
+        rows.append([open_image(run / image, path, start) for p in part.itertuples() for image in (p.win, p.lose)])
         labels.append("  |  ".join(p.replace(" background", "") for p in part.prompt))
     sheet(rows, list(titles) * min(across, len(pairs)), labels, path)
 

@@ -128,7 +128,8 @@ def open_image(path: Path, table: Path, row: int):
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:
-        raise UserError(f"{table}, row {row}: cannot read the image {path} ({error}); replace it or drop the row") from None
+        raise UserError(f"{table}, row {row}: cannot read the image {path} ({error}); replace it or drop the "
+                        f"row") from None
 
 
 # ---- the ledger ----

@@ -80,7 +80,7 @@ def test_every_caption_word_is_one_token_and_any_text_is_tokenized():
     ids = tokenizer(world.CAPTIONS).input_ids
     assert all(len(i) == len(c.split()) + 2 for i, c in zip(ids, world.CAPTIONS))
     assert len({tuple(i) for i in ids}) == len(world.CAPTIONS)
-    assert tokenizer.decode(tokenizer("Ein Bär, 火星").input_ids, skip_special_tokens=True).strip() == "ein bär, 火星"
+    assert tokenizer.decode(tokenizer("Ein Bär 火星").input_ids, skip_special_tokens=True).strip() == "ein bär 火星"
 
 
 def test_base_model_is_a_plain_pipeline_that_draws_what_is_asked(scenes):
