@@ -13,7 +13,9 @@ source "$root/lib/setup.sh"
 
 if [ "${1:-}" = study ]; then shift; exec "$python" "$root/lib/study.py" "$@"; fi
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then set -- --preset "$@"; fi
-case " $* " in *" --help "* | *" -h "*) exec "$python" "$root/01_seed.py" --help;; esac
+case " $* " in *" --help "* | *" -h "*)
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$root/run_sail.sh"; PYTHONPATH="$root" exec "$python" -m lib.settings --help;;
+esac
 
 line=$(PYTHONPATH="$root" "$python" -m lib.settings "$@")        # makes or checks <run>/config.json
 read -r iters alpha run <<< "$line"
