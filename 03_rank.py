@@ -100,7 +100,7 @@ def anchor_of(s: Settings, k: int) -> int:
 def judge_holdout(s: Settings, unet, anchor, k: int, ledger: Ledger) -> dict:
     """How often the self-judge prefers what a person preferred, with its 95% Wilson interval."""
     run = Path(s.run)
-    if not (run / "seed" / "holdout.parquet").exists():
+    if s.holdout_pairs == 0:
         return {"accuracy": None, "pairs": 0}
     pairs = read_pairs(run, "seed/holdout.parquet", "01_seed.py")
     groups = [{"key": ("holdout", p.pair_id), "prompt": p.prompt, "images": [run / p.win, run / p.lose]}
@@ -163,8 +163,9 @@ def main(argv: list[str]) -> None:
         judge |= {"model": k - 1, "anchor": s.anchor, "draws": s.draws, "beta": s.beta, "select": s.select,
                   "diversity": diversity(run, candidates, s.candidates), "margin": float(pairs.margin.mean())}
         if PartialState().is_main_process:
+            spread = draws.std(2) if s.draws > 1 else torch.full_like(rewards, float("nan"))
             scored = pd.concat([g for _, g in by_prompt], ignore_index=True).assign(
-                reward=rewards.flatten().numpy(), reward_se=(draws.std(2) / np.sqrt(s.draws)).flatten().numpy())
+                reward=rewards.flatten().numpy(), reward_se=(spread / np.sqrt(s.draws)).flatten().numpy())
             write_table(scored, folder / "rewards.parquet")
             write_json(judge, folder / "judge.json")
             report.pair_sheet(run, pairs.head(24), folder / "preview.png", ("best", "worst"))

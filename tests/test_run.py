@@ -279,3 +279,17 @@ def test_anchor_iter0_in_round_1(copy):
     config["settings"]["anchor"] = "iter0"
     (copy / "config.json").write_text(json.dumps(config))
     refused(call("03", copy, "--iter", "1"), "--anchor iter0", "--anchor base")
+
+
+@pytest.mark.parametrize("settings", [
+    ["--alpha", "1", "--select", "random", "--holdout-pairs", "0", "--draws", "1", "--candidates", "2"],
+    ["--alpha", "0", "--sampler", "ddpm", "--cfg-scale", "1", "--prompt-dropout", "0.5", "--optimizer", "adafactor"]])
+def test_ablations_run_to_the_end(tmp_path, settings):
+    run = tmp_path / "r"
+    mini_ = ["--iters", "1", "--seed-pairs", "4", "--holdout-pairs", "2", "--iter-prompts", "2", "--candidates", "3", "--draws",
+             "2", "--sample-steps", "2", "--iter0-steps", "2", "--iter-steps", "2", "--batch", "4", "--micro-batch", "4"]
+    assert call("01", run, *mini_, *settings) is None
+    for number, k in (("04", 0), ("02", 1), ("03", 1), ("04", 1)):
+        assert call(number, run, "--iter", str(k)) is None
+    log = pd.read_parquet(run / "iter1/train_log.parquet")
+    assert len(log) == 2 and np.isfinite(log.loss).all()
