@@ -168,7 +168,7 @@ def main(argv: list[str]) -> None:
                 reward=rewards.flatten().numpy(), reward_se=(spread / np.sqrt(s.draws)).flatten().numpy())
             write_table(scored, folder / "rewards.parquet")
             write_json(judge, folder / "judge.json")
-            report.pair_sheet(run, pairs.head(24), folder / "preview.png", ("best", "worst"))
+            report.pair_sheet(run, pairs.head(24), folder / "preview.png", ("winner", "loser"))
             write_table(pairs, folder / "pairs.parquet")
     print(f"03 rank, iter {k}: {len(pairs)} {s.select} pairs ranked by model {k - 1}, which agrees with people on "
           f"{judge['accuracy'] or float('nan'):.0%} of {judge['pairs']} held-out pairs; see {folder}/preview.png")

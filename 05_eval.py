@@ -39,6 +39,8 @@ def rows_of(s: Settings, given: list[str]) -> dict[str, int | Path]:
         name, _, where = text.partition("=")
         if not where or not (Path(where) / "config.json").exists():
             raise UserError(f"--row {text}: give NAME=FOLDER, a UNet folder with a config.json")
+        if name in rows:
+            raise UserError(f"--row {text}: the table has a row {name!r} already; give another name")
         rows[name] = Path(where)
     return rows
 
@@ -47,12 +49,17 @@ def score_names(s: Settings) -> list[str]:
     return WORLD_SCORES if s.scores == "world" else s.scores.split(",")
 
 
-def eval_jobs(s: Settings, name: str, prompts: pd.DataFrame) -> pd.DataFrame:
-    """One row per image. The noise depends on prompt and number only: the same for all models, runs and run seeds."""
+def eval_jobs(s: Settings, name: str, where: int | Path, prompts: pd.DataFrame) -> pd.DataFrame:
+    """One row per image. The noise depends on prompt and number only: the same for all models, runs and run seeds.
+
+    The folder of a model from outside bears a hash of its path, so that no other one is taken for it later.
+    """
     folder = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+    folder += f"-{seed_of(str(where.resolve())) % 16 ** 8:08x}" if isinstance(where, Path) else ""
     benchmark = Path(s.eval_prompts).stem
     style = lambda prompt: world.STYLES[world.parse(prompt)[2]] if world.parse(prompt) else ""
-    jobs = [{"model": name, "benchmark": benchmark, "style": style(p.prompt), "prompt_id": p.prompt_id, "prompt": p.prompt, "seed": seed_of("eval", p.prompt, n),
+    jobs = [{"model": name, "benchmark": benchmark, "style": style(p.prompt), "prompt_id": p.prompt_id,
+             "prompt": p.prompt, "seed": seed_of("eval", p.prompt, n),
              "image": f"eval/images/{folder}/{p.prompt_id:06d}_{n}.png"}
             for p in prompts.itertuples() for n in range(s.eval_seeds)]
     return pd.DataFrame(jobs)
@@ -60,7 +67,7 @@ def eval_jobs(s: Settings, name: str, prompts: pd.DataFrame) -> pd.DataFrame:
 
 def score_row(s: Settings, name: str, where: int | Path, prompts: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:
     """The images and scores of one model; drawn and scored once, then kept."""
-    jobs = eval_jobs(s, name, prompts)
+    jobs = eval_jobs(s, name, where, prompts)
     kept = Path(s.run) / "eval" / "scores" / (Path(jobs.image[0]).parent.name + ".parquet")
     if kept.exists():
         return read_table(kept, (*report.KEYS, *score_names(s)), "05_eval.py")
