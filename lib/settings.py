@@ -38,7 +38,9 @@ class Settings:
                                   "Parquet file with prompt, win, lose", "Pick-a-Pic v2")
     prompts: str = setting("world", "prompts of the rounds: world, pairs (the pair source's other prompts), or a file of "
                                     "prompts (text with one a line, CSV, JSON, Parquet)", "Pick-a-Pic v2")
-    eval_prompts: str = setting("world", "evaluation prompts: world, dev (the world's, for tuning), or a file of prompts")
+    eval_prompts: str = setting("world", "evaluation prompts: world, dev (the world's, for tuning), or a list with commas "
+                                         "of pickapic, hpsv2, parti (each also as name=file) and files of prompts",
+                                "Pick-a-Pic validation, HPSv2, PartiPrompts")
     seed_pairs: int = setting(128, "human pairs in the seed", "about 50000 of 0.8M")
     holdout_pairs: int = setting(200, "human pairs kept to measure the self-judge; never trained on")
     iter_prompts: str = setting("48", "new prompts per round; with commas, one number per round, the last one repeats",
@@ -47,19 +49,29 @@ class Settings:
     # 02: generate
     candidates: int = setting(8, "N, candidates per prompt", "8")
     sampler: str = setting("ddim", "sampler of candidates and evaluation", "SD1.5: ddpm, SDXL: ddim",
-                           choices=("ddim", "ddpm"))
+                           choices=("ddim", "ddpm", "dpmsolver"))
     sample_steps: int = setting(10, "sampler steps", "SD1.5: 50, SDXL: 20")
     cfg_scale: float = setting(2., "classifier-free guidance scale; 1 is off", "SD1.5: 7.5, SDXL: 5")
     sample_batch: int = setting(64, "images sampled at once", free=True)
     # 03: rank
+    reward: str = setting("implicit", "who ranks: implicit (the model itself), or for online DPO world, world-aesthetics or a "
+                                      "score of stage 05", "implicit; online DPO: aesthetics")
     draws: int = setting(10, "(timestep, noise) draws per reward, shared by a prompt's candidates", "10")
     rank_t_min: int = setting(0, "lowest timestep of the reward's draws", "0")
     rank_t_max: int = setting(1000, "one past the highest timestep of the reward's draws", "1000")
+    timesteps: str = setting("uniform", "the draws' timesteps: each at random, or one at random in each of `draws` equal "
+                                        "parts of the range", "uniform", choices=("uniform", "stratified"))
+    reward_weights: str = setting("plain", "weight of a draw: plain, or balanced (over the anchor's own error at that draw, "
+                                           "so that no timestep drowns the others)", "plain", choices=("plain", "balanced"))
     anchor: str = setting("base", "reference of the reward; iter0 is possible from round 2 on",
                           "the initial anchor (unclear)", choices=("base", "iter0"))
     select: str = setting("best-worst", "how a prompt's pair is chosen", "best-worst", choices=("best-worst", "random"))
+    min_margin: float = setting(0., "drop self-made pairs whose margin is below this many of its standard errors", "0")
     rank_batch: int = setting(320, "noised latents per forward in ranking", free=True)
     # 04: train
+    loss: str = setting("dpo", "loss of all rounds; mapo (needs no reference) is a rival row of the table", "dpo",
+                        choices=("dpo", "mapo"))
+    start: str = setting("", "a UNet (hub id or folder) to take as Iter0 instead of training it: SAIL* starts from DiffusionDPO")
     beta: float = setting(2000., "strength of the KL anchor in the loss and scale of the reward", "5000")
     lr: float = setting(1e-5, "learning rate after warm-up", "not given")
     optimizer: str = setting("adamw", "optimizer", "SD1.5: adamw, SDXL: adafactor", choices=("adamw", "adafactor"))
@@ -72,9 +84,13 @@ class Settings:
     iter_steps: int = setting(40, "optimizer steps of a round; 0 means one pass over its mix", "one pass (our reading)")
     alpha: float = setting(.25, "share of self-made pairs in a round's training data, 0..1", "0.25")
     prompt_dropout: float = setting(0., "probability of training on the empty prompt", "0.2 (DiffusionDPO)")
+    flip: float = setting(0., "probability of mirroring both pictures of a pair", "0.5 (DiffusionDPO, each picture alone)")
+    lora_rank: int = setting(0, "rank of low-rank adapters on the attention layers; 0 trains every weight", "0")
+    grad_checkpoint: str = setting("off", "recompute activations in the backward pass: less memory, a third more time",
+                                   free=True, choices=("off", "on"))
     checkpoint_every: int = setting(40, "optimizer steps between checkpoints to resume from", free=True)
     # 05: evaluate
-    eval_count: int = setting(240, "evaluation prompts", "500, 3200 and 1632")
+    eval_count: int = setting(240, "evaluation prompts of each benchmark; 0 means all", "500, 3200 and 1632")
     eval_seeds: int = setting(2, "images per evaluation prompt and model", "1")
     scores: str = setting("world", "world, or a list with commas of pickscore, hpsv2, hpsv2.1, imagereward, aesthetics",
                           "pickscore,imagereward,aesthetics,hpsv2")
@@ -88,11 +104,11 @@ class Settings:
 # The paper's runs. Where the paper is silent the choice is ours: the learning rate is DiffusionDPO's rule, 1e-8 for each
 # pair of the batch; its 500 warm-up steps were meant for 2,000, here Iter0 has 390; held-out pairs are not in the paper.
 SD15 = {"preset": "sd15", "model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "resolution": 512,
-        "pairs": "liuhuohuo2/pick-a-pic-v2", "prompts": "pairs", "eval_prompts": "eval_prompts.txt",
+        "pairs": "liuhuohuo2/pick-a-pic-v2", "prompts": "pairs", "eval_prompts": "pickapic,hpsv2",
         "seed_pairs": 50_000, "holdout_pairs": 1000, "iter_prompts": "10000,20000,20000", "iters": 3,
         "sampler": "ddpm", "sample_steps": 50, "cfg_scale": 7.5, "sample_batch": 32,
         "beta": 5000., "lr": 1.28e-6, "batch": 128, "micro_batch": 8, "warmup": 40, "iter0_steps": 0, "iter_steps": 0,
-        "prompt_dropout": .2, "checkpoint_every": 100, "rank_batch": 80, "eval_count": 500,
+        "prompt_dropout": .2, "flip": .5, "checkpoint_every": 100, "rank_batch": 80, "eval_count": 0, "eval_seeds": 1,
         "scores": "pickscore,imagereward,aesthetics,hpsv2"}
 SDXL = SD15 | {"preset": "sdxl", "model": "stabilityai/stable-diffusion-xl-base-1.0",
                "vae": "madebyollin/sdxl-vae-fp16-fix", "resolution": 1024, "iter_prompts": "10000,20000", "iters": 2,
@@ -141,10 +157,12 @@ def check(s: Settings) -> Settings:
          f"belong together; give your own for all three or for none")
     need(s.batch % s.micro_batch == 0, f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}")
     need(0 <= s.prompt_dropout < 1, f"--prompt-dropout {s.prompt_dropout}: must lie in 0..1")
-    for name in ("seed_pairs", "draws", "sample_steps", "batch", "micro_batch", "eval_count",
-                 "eval_seeds", "sample_batch", "rank_batch", "checkpoint_every"):
+    need(0 <= s.flip <= 1, f"--flip {s.flip}: must lie in 0..1")
+    for name in ("seed_pairs", "draws", "sample_steps", "batch", "micro_batch", "eval_seeds",
+                 "sample_batch", "rank_batch", "checkpoint_every"):
         need(getattr(s, name) >= 1, f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
-    for name in ("iters", "iter0_steps", "iter_steps", "warmup", "label_noise", "holdout_pairs", "seed"):
+    for name in ("iters", "iter0_steps", "iter_steps", "warmup", "label_noise", "holdout_pairs", "seed", "eval_count",
+                 "lora_rank", "min_margin"):
         need(getattr(s, name) >= 0, f"--{name.replace('_', '-')} {getattr(s, name)}: must not be negative")
     for name in ("beta", "lr"):
         need(getattr(s, name) > 0, f"--{name} {getattr(s, name)}: must be above 0")
