@@ -13,7 +13,8 @@ that the current model theta saves against the anchor ref,
 with the mean over `draws` (t, eps) that all candidates of a prompt share: what a draw adds to all of them alike
 cancels in the comparison. The norm is a mean over C, h, w as in the loss, so beta means the same in both.
 
-judge.json asks whether this self-judge agrees with people: its accuracy on held-out human pairs.
+judge.json asks whether this self-judge agrees with people: its accuracy on held-out human pairs. Online DPO, a rival
+row, is the same loop with `--reward` from outside: one of stage 05's scores ranks instead of the model.
 
     python 03_rank.py --run runs/tiny --iter 1
 """
@@ -39,6 +40,13 @@ def implicit_reward(error: torch.Tensor, ref_error: torch.Tensor, beta: float) -
     return -beta / 2 * (error - ref_error)
 
 
+def balance(ref_error: torch.Tensor) -> torch.Tensor:
+    """Weights (1, draws) of mean 1 for (n, draws) anchor errors: the inverse of a draw's error. Not in the paper: the
+    spread of a draw's reward grows with its error, so that in the plain mean some timesteps speak louder."""
+    weights = 1 / ref_error.mean(0, keepdim=True)
+    return weights / weights.mean()
+
+
 def best_and_worst(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(P, N) mean rewards -> indices (P,) of the winner and of the loser of each prompt."""
     return rewards.argmax(1), rewards.argmin(1)
@@ -54,8 +62,12 @@ def random_pair(rewards: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tens
 def reward_draws(s: Settings, key: tuple, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Timesteps (draws,) and noise (draws, C, h, w), shared by all pictures compared under one key."""
     rng = generator(s.seed, "reward", *key)
-    return (torch.randint(s.rank_t_min, s.rank_t_max, (s.draws,), generator=rng),
-            torch.randn((s.draws, *shape), generator=rng))
+    if s.timesteps == "stratified":                                       # one in each of `draws` equal parts
+        parts = (torch.arange(s.draws) + torch.rand(s.draws, generator=rng)) / s.draws
+        t = s.rank_t_min + (parts * (s.rank_t_max - s.rank_t_min)).long()
+    else:
+        t = torch.randint(s.rank_t_min, s.rank_t_max, (s.draws,), generator=rng)
+    return t, torch.randn((s.draws, *shape), generator=rng)
 
 
 @torch.no_grad()
@@ -64,7 +76,7 @@ def errors_of(s: Settings, unets: list, groups: list[dict], ledger: Ledger, titl
 
     Whole groups fill a batch of up to rank_batch noised latents, on which every model is asked.
     """
-    state, scheduler, encoder = PartialState(), models.load_scheduler(s), models.PromptEncoder(s)
+    state, scheduler, encoder = PartialState(), models.load_schedule(s), models.PromptEncoder(s)
     if state.is_main_process:
         encoder.prepare([g["prompt"] for g in groups])
     state.wait_for_everyone()
@@ -90,37 +102,74 @@ def errors_of(s: Settings, unets: list, groups: list[dict], ledger: Ledger, titl
 
 
 def anchor_of(s: Settings, k: int) -> int:
-    """The anchor's model number: -1 for the base, 0 for Iter0."""
-    if s.anchor == "iter0" and k == 1:
-        raise UserError("--anchor iter0: in round 1 the current model is Iter0 itself and every reward would be zero; "
-                        "use --anchor base")
-    return {"base": -1, "iter0": 0}[s.anchor]
+    """The anchor's model number: -1 for the base, 0 for Iter0, which in round 1 is the current model itself and would
+    give every picture a reward of zero: there the base stays."""
+    return 0 if s.anchor == "iter0" and k > 1 else -1
 
 
-def judge_holdout(s: Settings, unet, anchor, k: int, ledger: Ledger) -> dict:
-    """How often the self-judge prefers what a person preferred, with its 95% Wilson interval."""
-    run = Path(s.run)
-    if s.holdout_pairs == 0:
-        return {"accuracy": None, "pairs": 0}
-    pairs = read_pairs(run, "seed/holdout.parquet", "01_seed.py")
-    groups = [{"key": ("holdout", p.pair_id), "prompt": p.prompt, "images": [run / p.win, run / p.lose]}
-              for p in pairs.itertuples()]
-    kept = run / "seed" / f"holdout_errors_{s.anchor}.json"     # the anchor's errors never change: asked once
+def judge_itself(s: Settings, k: int, groups: list[dict], ledger: Ledger) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rewards of every draw (P, N, draws) by model K-1, and those of the held-out pairs (pairs, 2)."""
+    unet, anchor = models.load_unet(s, k - 1), models.load_unet(s, anchor_of(s, k))
+    errors = errors_of(s, [unet, anchor], groups, ledger, f"iter{k} rewards")
+    weight = balance if s.reward_weights == "balanced" else torch.ones_like
+    reward = lambda error, ref: weight(ref) * implicit_reward(error, ref, s.beta)
+    rewards = torch.stack([reward(*errors[json.dumps(g["key"])]) for g in groups])
+    held = holdout_groups(s)
+    if not held:
+        return rewards, None
+    kept = Path(s.run) / "seed" / f"holdout_errors_{anchor_of(s, k)}.json"   # an anchor's errors never change: asked once
     ref = {key: torch.tensor(e) for key, e in json.loads(kept.read_text()).items()} if kept.exists() else {}
-    todo = [anchor, unet] if not ref else [unet]
-    errors = errors_of(s, todo, groups, ledger, f"iter{k} held-out pairs")
+    errors = errors_of(s, [unet] if ref else [anchor, unet], held, ledger, f"iter{k} held-out pairs")
     if not ref:
         ref = {key: e[0] for key, e in errors.items()}
         if PartialState().is_main_process:
             write_json({key: e.tolist() for key, e in ref.items()}, kept)
-    rewards = torch.stack([implicit_reward(errors[key][-1], ref[key], s.beta).mean(-1)
-                           for key in (json.dumps(g["key"]) for g in groups)])                   # (pairs, 2)
+    return rewards, torch.stack([reward(errors[key][-1], ref[key]).mean(-1)
+                                 for key in (json.dumps(g["key"]) for g in held)])
+
+
+def judge_from_outside(s: Settings, groups: list[dict]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Online DPO: scores (P, N, 1) by a reward from outside, and those of the held-out pairs (pairs, 2)."""
+    from lib import external
+    every = groups + holdout_groups(s)
+    scores = external.score(s, [g["prompt"] for g in every for _ in g["images"]], [i for g in every for i in g["images"]])
+    mine, held = scores.split([sum(len(g["images"]) for g in part) for part in (groups, every[len(groups):])])
+    return mine.reshape(len(groups), -1, 1), held.reshape(-1, 2) if len(held) else None
+
+
+def holdout_groups(s: Settings) -> list[dict]:
+    """The held-out human pairs as groups of two, the preferred picture first."""
+    if s.holdout_pairs == 0:
+        return []
+    run = Path(s.run)
+    return [{"key": ("holdout", p.pair_id), "prompt": p.prompt, "images": [run / p.win, run / p.lose]}
+            for p in read_pairs(run, "seed/holdout.parquet", "01_seed.py").itertuples()]
+
+
+def agreement(rewards: torch.Tensor | None) -> dict:
+    """How often the judge prefers what a person preferred, (pairs, 2) rewards, with its 95% Wilson interval."""
+    if rewards is None:
+        return {"accuracy": None, "pairs": 0}
     right = (rewards[:, 0] > rewards[:, 1]).float() + .5 * (rewards[:, 0] == rewards[:, 1]).float()
     low, high = report.wilson(right.sum().item(), len(right))
     return {"accuracy": right.mean().item(), "low": low, "high": high, "pairs": len(right)}
 
 
-def diversity(run: Path, candidates: pd.DataFrame, count: int) -> float:
+def make_pairs(s: Settings, k: int, groups: list[dict], images: np.ndarray, draws: torch.Tensor) -> pd.DataFrame:
+    """One pair per prompt from images (P, N) and rewards of every draw (P, N, draws); those of a small margin dropped."""
+    rewards, every = draws.mean(2), torch.arange(len(groups))
+    win, lose = best_and_worst(rewards) if s.select == "best-worst" else \
+        random_pair(rewards, generator(s.seed, "random pair", k))
+    margins = draws[every, win] - draws[every, lose]                                        # (P, draws), paired draws
+    error = margins.std(1) / margins.shape[1] ** .5 if s.min_margin else 0
+    pairs = pd.DataFrame({"pair_id": [f"self-{k}-{g['key'][1]:06d}" for g in groups],
+                          "prompt": [g["prompt"] for g in groups], "win": images[every, win],
+                          "lose": images[every, lose], "source": "self" if s.reward == "implicit" else s.reward,
+                          "margin": margins.mean(1).numpy()})
+    return pairs[(margins.mean(1) >= s.min_margin * error).numpy()].reset_index(drop=True)
+
+
+def diversity(run: Path, candidates: pd.DataFrame) -> float:
     """How much a prompt's candidates differ: rms distance of their latents from the prompt's mean latent."""
     spread = [models.stack_latents([run / i for i in group.image])[0].var(0, unbiased=True).mean()
               for _, group in candidates.groupby("prompt_id", sort=False)]
@@ -132,7 +181,6 @@ def main(argv: list[str]) -> None:
     k, run, folder = own.iter, Path(s.run), Path(s.run) / f"iter{own.iter}"
     if (folder / "pairs.parquet").exists():
         return print(f"03 rank: {folder}/pairs.parquet is there, nothing to do")
-    anchor_k = anchor_of(s, k)
     path = folder / "candidates.parquet"
     candidates = read_table(path, ("prompt_id", "prompt", "candidate", "image"), f"02_generate.py --iter {k}")
     for row, image in enumerate(candidates.image):
@@ -142,35 +190,29 @@ def main(argv: list[str]) -> None:
     if by_prompt.size().nunique() > 1 or by_prompt.size().iloc[0] < 2:
         raise UserError(f"{path}: every prompt needs the same number of candidates, 2 or more; delete it and run "
                         f"02_generate.py again")
+    groups = [{"key": (k, int(pid)), "prompt": g.prompt.iloc[0], "images": [run / i for i in g.image]}
+              for pid, g in by_prompt]
+    images = np.array([list(g.image) for _, g in by_prompt])                                # (P, N)
     with Ledger(run, "03_rank", k, str(models.device_of(s))) as ledger:
-        unet, anchor = models.load_unet(s, k - 1), models.load_unet(s, anchor_k)
-        groups = [{"key": (k, int(pid)), "prompt": g.prompt.iloc[0], "images": [run / i for i in g.image]}
-                  for pid, g in by_prompt]
-        errors = errors_of(s, [unet, anchor], groups, ledger, f"iter{k} rewards")
-        draws = torch.stack([implicit_reward(*errors[json.dumps(g["key"])], s.beta) for g in groups])   # (P, N, draws)
-        judge = judge_holdout(s, unet, anchor, k, ledger)
+        draws, held = judge_itself(s, k, groups, ledger) if s.reward == "implicit" else judge_from_outside(s, groups)
         if not draws.isfinite().all():
             raise UserError(f"{path}: a reward is not finite; model {k - 1} has diverged, lower --lr and train it again")
-        rewards = draws.mean(2)
-        win, lose = best_and_worst(rewards) if s.select == "best-worst" else \
-            random_pair(rewards, generator(s.seed, "random pair", k))
-        images = np.array([list(g.image) for _, g in by_prompt])                                # (P, N)
-        every = torch.arange(len(groups))
-        pairs = pd.DataFrame({"pair_id": [f"self-{k}-{g['key'][1]:06d}" for g in groups],
-                              "prompt": [g["prompt"] for g in groups], "win": images[every, win],
-                              "lose": images[every, lose], "source": "self",
-                              "margin": (rewards[every, win] - rewards[every, lose]).numpy()})
-        judge |= {"model": k - 1, "anchor": s.anchor, "draws": s.draws, "beta": s.beta, "select": s.select,
-                  "diversity": diversity(run, candidates, s.candidates), "margin": float(pairs.margin.mean())}
+        pairs = make_pairs(s, k, groups, images, draws)
+        if pairs.empty:
+            raise UserError(f"{path}: no pair has a margin of {s.min_margin} standard errors; lower --min-margin")
+        judge = agreement(held) | {
+            "model": k - 1, "reward": s.reward, "anchor": "Iter0" if anchor_of(s, k) == 0 else "base", "draws": s.draws, "beta": s.beta, "select": s.select,
+            "diversity": diversity(run, candidates), "margin": float(pairs.margin.mean()), "self_pairs": len(pairs)}
         if PartialState().is_main_process:
-            spread = draws.std(2) if s.draws > 1 else torch.full_like(rewards, float("nan"))
+            spread = draws.std(2) if draws.shape[2] > 1 else torch.full(draws.shape[:2], float("nan"))
             scored = pd.concat([g for _, g in by_prompt], ignore_index=True).assign(
-                reward=rewards.flatten().numpy(), reward_se=(spread / np.sqrt(s.draws)).flatten().numpy())
+                reward=draws.mean(2).flatten().numpy(), reward_se=(spread / draws.shape[2] ** .5).flatten().numpy())
             write_table(scored, folder / "rewards.parquet")
             write_json(judge, folder / "judge.json")
             report.pair_sheet(run, pairs.head(24), folder / "preview.png", ("winner", "loser"))
             write_table(pairs, folder / "pairs.parquet")
-    print(f"03 rank, iter {k}: {len(pairs)} {s.select} pairs ranked by model {k - 1}, which agrees with people on "
+    judge_name = f"model {k - 1}" if s.reward == "implicit" else s.reward
+    print(f"03 rank, iter {k}: {len(pairs)} {s.select} pairs ranked by {judge_name}, which agrees with people on "
           f"{judge['accuracy'] or float('nan'):.0%} of {judge['pairs']} held-out pairs; see {folder}/preview.png")
 
 

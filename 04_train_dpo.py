@@ -2,7 +2,7 @@
 
 reads   seed/pairs.parquet, iterK/pairs.parquet, their latents, the model of round K-1 (Iter0: the base)
 writes  iterK/unet/ (a diffusers folder), iterK/train_log.parquet (step, loss, win_error_gain, lose_error_gain,
-        margin, accuracy, lr, grad_norm, seconds)
+        margin, accuracy, lr, grad_norm, seconds), with --lora-rank also iterK/lora/ (for pipe.load_lora_weights)
 
 With e(x) = mean over C, h, w of ||eps - eps_hat(x_t, y, t)||^2, the same t and eps for the two images of a pair,
 
@@ -21,6 +21,8 @@ policy error, above zero is better than the reference), their difference (margin
 import json
 import shutil
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -30,11 +32,12 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from tqdm import tqdm
 
-from lib import models
-from lib.run import Ledger, UserError, atomic, generator, open_image, read_pairs, run_stage, write_table
+from lib import lora, models
+from lib.run import Ledger, UserError, atomic, generator, open_image, read_pairs, run_stage, seed_of, write_table
 from lib.settings import ITER, Settings, load
 
 STRAY = 3.           # stop when the policy's error is this many times the reference's: it has diverged
+MAPO_BETA, MAPO_S, MAPO_T = .1, .5, 1000.                    # as MaPO's authors train (Hong et al. 2024)
 
 
 def dpo_loss(win: torch.Tensor, lose: torch.Tensor, ref_win: torch.Tensor, ref_lose: torch.Tensor,
@@ -42,6 +45,16 @@ def dpo_loss(win: torch.Tensor, lose: torch.Tensor, ref_win: torch.Tensor, ref_l
     """Diffusion-DPO: denoising errors (B,) of policy and reference on winners and losers -> loss (B,), margin (B,)."""
     margin = -beta / 2 * ((win - ref_win) - (lose - ref_lose))
     return -F.logsigmoid(margin), margin
+
+
+def mapo_loss(win: torch.Tensor, lose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """MaPO, the rival without a reference: errors (B,) of the policy -> loss (B,), margin (B,).
+
+    phi(e) = s e / (exp(s e) - 1) falls from 1 at e = 0; L = e_w - beta log sigmoid(T (phi(e_w) - phi(e_l))).
+    """
+    phi = lambda e: MAPO_S * e / torch.expm1(MAPO_S * e)
+    margin = MAPO_T * (phi(win) - phi(lose))
+    return win - MAPO_BETA * F.logsigmoid(margin), margin
 
 
 def mixup(n_seed: int, n_self: int, alpha: float, length: int, rng: torch.Generator) -> torch.Tensor:
@@ -77,23 +90,56 @@ def step_draws(s: Settings, k: int, step: int, shape: tuple[int, ...]) -> dict[s
     rng = generator(s.seed, "train", k, step)
     return {"t": torch.randint(1000, (s.batch,), generator=rng), "noise": torch.randn((s.batch, *shape), generator=rng),
             "posterior": torch.randn((2, s.batch, *shape), generator=rng),
-            "drop": torch.rand(s.batch, generator=rng) < s.prompt_dropout}
+            "drop": torch.rand(s.batch, generator=rng) < s.prompt_dropout,
+            "flip": torch.rand(s.batch, generator=rng) < s.flip}
 
 
 def pair_errors(s, policy, ref, scheduler, pairs: pd.DataFrame, draws: dict, encoder) -> torch.Tensor:
     """(4, B) denoising errors: policy on winners and losers (with gradient), reference on winners and losers."""
     run, device, b = Path(s.run), models.device_of(s), len(pairs)
-    mean, std = models.stack_latents([run / i for i in (*pairs.win, *pairs.lose)])              # (2B, C, h, w)
-    latents = (mean + std * draws["posterior"].flatten(0, 1)).to(device)
+    mean, std = models.stack_latents([run / i for i in (*pairs.win, *pairs.lose)], draws["flip"].tolist() * 2)
+    latents = (mean + std * draws["posterior"].flatten(0, 1)).to(device)                         # (2B, C, h, w)
     t, noise = draws["t"].repeat(2).to(device), draws["noise"].repeat(2, 1, 1, 1).to(device)    # shared by the pair
     x_t = scheduler.add_noise(latents, noise, t)
     condition = encoder(["" if d else p for p, d in zip(pairs.prompt, draws["drop"])])
     condition = models.join(condition, condition)
-    with torch.no_grad():
-        ref_error = models.denoising_error(ref, scheduler, x_t, latents, noise, t, condition)
     with torch.autocast(device.type, models.dtype_of(s), enabled=models.dtype_of(s) != torch.float32):
+        ref_error = torch.full((2 * b,), float("nan"), device=device)
+        if s.loss == "dpo":
+            with torch.no_grad(), lora.reference_of(policy) if ref is None else nullcontext(ref) as model:
+                ref_error = models.denoising_error(model, scheduler, x_t, latents, noise, t, condition)
         error = models.denoising_error(policy, scheduler, x_t, latents, noise, t, condition)
     return torch.cat([error, ref_error]).reshape(4, b)
+
+
+def load_policy(s: Settings, k: int) -> tuple:
+    """The UNet to train, and the reference, both model K-1; with LoRA the reference is the policy's own adapter off."""
+    if s.lora_rank:
+        policy, ref = models.load_unet(s, lora_base(s, k)).train(), None
+        lora.add_adapters(policy, s.lora_rank, Path(s.run) / f"iter{k - 1}" / "lora", seed_of(s.seed, "lora", k))
+    else:
+        policy = models.load_unet(s, k - 1, trained=True)
+        ref = models.load_unet(s, k - 1) if s.loss == "dpo" else None
+    if s.grad_checkpoint == "on":
+        policy.enable_gradient_checkpointing()
+    return policy, ref
+
+
+def lora_base(s: Settings, k: int) -> int:
+    """The number of the model that round K's adapter stands on: the base, or Iter0 where --start gave it."""
+    return 0 if s.start and k else -1
+
+
+def save_model(s: Settings, k: int, policy) -> None:
+    """iterK/unet in float32; with LoRA also iterK/lora, and in iterK/unet the base with the adapter in its weights."""
+    folder = Path(s.run) / f"iter{k}"
+    if s.lora_rank:
+        lora.save_adapter(policy, folder / "lora")
+        policy = lora.fuse(models.load_unet(s, lora_base(s, k), trained=True), folder / "lora")
+    shutil.rmtree(folder / "unet.tmp", ignore_errors=True)
+    policy.save_pretrained(folder / "unet.tmp")
+    (folder / "unet.tmp").rename(folder / "unet")
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def make_optimizer(s: Settings, parameters):
@@ -110,16 +156,19 @@ def training_pairs(s: Settings, k: int) -> tuple[pd.DataFrame, int]:
         pairs.append(read_pairs(s.run, f"iter{k}/pairs.parquet", f"03_rank.py --iter {k}"))
     table = pd.concat(pairs, ignore_index=True)
     files = [Path(s.run) / i for i in (*table.win, *table.lose)]
-    models.ensure_latents(files, s, lambda i: open_image(files[i], Path(s.run) / "seed/pairs.parquet", i % len(table)))
+    for mirrored in [False, True] if s.flip else [False]:
+        models.ensure_latents(files, s, lambda i: open_image(files[i], Path(s.run) / "seed/pairs.parquet", i % len(table)),
+                              mirrored)
     return table, len(pairs[0])
 
 
 def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger) -> tuple:
     """The trained UNet and the log."""
     state, folder = PartialState(), Path(s.run) / f"iter{k}"
-    policy, ref = models.load_unet(s, k - 1, trained=True), models.load_unet(s, k - 1)
-    parameters = list(policy.parameters())
-    optimizer, scheduler = make_optimizer(s, parameters), models.load_scheduler(s)
+    policy, ref = load_policy(s, k)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
+    optimizer, scheduler = make_optimizer(s, parameters), models.load_schedule(s)
     encoder = models.PromptEncoder(s)
     if state.is_main_process:
         encoder.prepare(pairs.prompt.tolist())
@@ -133,7 +182,9 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
     log, start, checkpoint = [], 0, folder / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=models.device_of(s), weights_only=True)
-        policy.load_state_dict(saved["unet"])
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(saved["unet"][name])
         optimizer.load_state_dict(saved["optimizer"])
         log, start = saved["log"], saved["step"]
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"iter{k} training", unit="step",
@@ -147,7 +198,7 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
         for slots in torch.arange(s.batch).split(s.micro_batch)[state.process_index::state.num_processes]:
             part = {name: v[:, slots] if name == "posterior" else v[slots] for name, v in draws.items()}
             errors = pair_errors(s, policy, ref, scheduler, pairs.iloc[rows[slots].tolist()], part, encoder)
-            loss, margin = dpo_loss(*errors, s.beta)
+            loss, margin = dpo_loss(*errors, s.beta) if s.loss == "dpo" else mapo_loss(*errors[:2])
             (loss.sum() / s.batch).backward()
             parts.append(torch.cat([errors, loss[None], margin[None]]).detach())
         parts = torch.cat(parts, 1)
@@ -162,10 +213,10 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
         watch(log[-1], k, s)
         bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", accuracy=f"{log[-1]['accuracy']:.2f}")
         ledger.optimizer_steps += 1
-        ledger.unet_forwards += 4 * s.batch
+        ledger.unet_forwards += (4 if s.loss == "dpo" else 2) * s.batch
         if (step + 1) % s.checkpoint_every == 0 and step + 1 < steps and state.is_main_process:
             with atomic(checkpoint) as temporary:
-                torch.save({"unet": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                torch.save({"unet": trained, "optimizer": optimizer.state_dict(), "step": step + 1,
                             "log": log}, temporary)
     return policy, pd.DataFrame(log).drop(columns="ref_error")
 
@@ -205,6 +256,11 @@ def main(argv: list[str]) -> None:
     k, folder = own.iter, Path(s.run) / f"iter{own.iter}"
     if (folder / "unet").exists():
         return print(f"04 train: {folder}/unet is there, nothing to do")
+    if s.start and k == 0:
+        from lib import rows
+        if PartialState().is_main_process:
+            save_model(replace(s, lora_rank=0), 0, rows.load_unet(replace(s, dtype="float32"), s.start))
+        return print(f"Iter0: {s.start}, as given")
     pairs, n_human = training_pairs(s, k)
     with Ledger(s.run, "04_train_dpo", k, str(models.device_of(s))) as ledger:
         policy, log = train(s, k, pairs, n_human, ledger)
@@ -212,10 +268,7 @@ def main(argv: list[str]) -> None:
             columns = ["step", "loss", "win_error_gain", "lose_error_gain", "margin", "accuracy", "lr", "grad_norm",
                        "seconds"]
             write_table(log[columns], folder / "train_log.parquet")
-            shutil.rmtree(folder / "unet.tmp", ignore_errors=True)
-            policy.save_pretrained(folder / "unet.tmp")
-            (folder / "unet.tmp").rename(folder / "unet")
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            save_model(s, k, policy)
     print(summary_line(k, log, folder / "judge.json"))
 
 

@@ -3,11 +3,13 @@
 import functools
 import gc
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
@@ -18,7 +20,10 @@ for logging in (diffusers_logging, transformers_logging):      # our own bars te
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
-SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+VAE_PIXELS = 2 ** 21                                           # per VAE call: 8 pictures of 512 x 512; bounds its memory
+SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpmsolver": DPMSolverMultistepScheduler}
+
+torch.backends.cuda.matmul.fp32_precision = "tf32"             # for what bf16 leaves in float32; errors and losses are sums
 
 
 # ---- loading ----
@@ -79,13 +84,20 @@ def load_unet(s: Settings, k: int, trained: bool = False) -> UNet2DConditionMode
     else:
         unet = _load(UNet2DConditionModel.from_pretrained, str(folder), dtype=dtype)
     unet.requires_grad_(trained).train(trained)
+    if s.compile == "on" and not trained:
+        unet.compile()
     layout = torch.channels_last if device_of(s).type == "cuda" else torch.contiguous_format
     return unet.to(device_of(s), memory_format=layout)
 
 
-def load_scheduler(s: Settings):
-    """The noise schedule the model was trained on, as a sampler of the setting's kind."""
+def load_sampler(s: Settings):
+    """The sampler of the setting's kind, on the noise schedule that the model was trained on."""
     return _load(SAMPLERS[s.sampler].from_pretrained, s.model, subfolder="scheduler")
+
+
+def load_schedule(s: Settings) -> DDPMScheduler:
+    """The noise schedule that the model was trained on, for add_noise and get_velocity at any timestep."""
+    return _load(DDPMScheduler.from_pretrained, s.model, subfolder="scheduler")
 
 
 def load_vae(s: Settings) -> AutoencoderKL:
@@ -99,34 +111,54 @@ def load_vae(s: Settings) -> AutoencoderKL:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
     """Posterior mean and std (B, C, h, w), in the UNet's scaled units, of pictures (B, 3, H, W) in 0..1."""
-    posterior = vae.encode((pictures * 2 - 1).to(vae.device, vae.dtype)).latent_dist
-    return {"mean": posterior.mean * vae.config.scaling_factor, "std": posterior.std * vae.config.scaling_factor}
+    parts = [vae.encode((p * 2 - 1).to(vae.device, vae.dtype)).latent_dist
+             for p in pictures.split(max(1, VAE_PIXELS // pictures[0, 0].numel()))]
+    return {"mean": torch.cat([p.mean for p in parts]) * vae.config.scaling_factor,
+            "std": torch.cat([p.std for p in parts]) * vae.config.scaling_factor}
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, H, W) in 0..1, float32 on the CPU, of scaled latents (B, C, h, w)."""
-    pictures = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
-    return (pictures.float() / 2 + .5).clamp(0, 1).cpu()
+    pixels = latents[0, 0].numel() * 4 ** (len(vae.config.block_out_channels) - 1)
+    parts = [vae.decode(part.to(vae.dtype)).sample
+             for part in (latents / vae.config.scaling_factor).split(max(1, VAE_PIXELS // pixels))]
+    return (torch.cat(parts).float() / 2 + .5).clamp(0, 1).cpu()
 
 
-def ensure_latents(images: list[Path], s: Settings, open_one, batch: int = 32) -> None:
-    """Encode the images that have no latent file yet. `open_one(i)` returns PIL image i."""
-    missing = [i for i, image in enumerate(images) if not latent_path(image).exists()]
-    if not missing:
-        return
+def ensure_latents(images: list[Path], s: Settings, open_one, mirrored: bool = False, batch: int = 16) -> None:
+    """Encode the images (or their mirror images) that have no latent file yet; `open_one(i)` returns PIL image i.
+
+    Batches are fixed by the list, and one with any latent missing is encoded whole: the same bits after a resume.
+    Processes take turns by batch. Threads open the next batch while the VAE is at work.
+    """
+    from accelerate import PartialState
     from torchvision.transforms.functional import pil_to_tensor
-    vae = load_vae(s)
-    for start in range(0, len(missing), batch):
-        rows = missing[start:start + batch]
-        posterior = encode(vae, torch.stack([pil_to_tensor(open_one(i)) for i in rows]).float() / 255)
-        for j, i in enumerate(rows):
-            save_latent({k: v[j].cpu() for k, v in posterior.items()}, images[i])
+    state, rows = PartialState(), {}
+    for i, image in enumerate(images):
+        rows.setdefault(image, i)                             # an image named twice is encoded once
+    images = list(rows)
+    lacks = lambda i: not latent_path(images[i], mirrored).exists()
+    groups = [range(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
+    groups = [g for g in groups[state.process_index::state.num_processes] if any(map(lacks, g))]
+    read = lambda g: torch.stack([pil_to_tensor(open_one(rows[images[i]])) for i in g]).float() / 255
+    if groups:
+        vae = load_vae(s)
+        with ThreadPoolExecutor(2) as readers:
+            coming = readers.submit(read, groups[0])
+            for n, group in enumerate(tqdm(groups, desc="latents", unit="batch", disable=not state.is_local_main_process)):
+                pictures = coming.result()
+                coming = readers.submit(read, groups[n + 1]) if n + 1 < len(groups) else None
+                posterior = encode(vae, pictures.flip(-1) if mirrored else pictures)
+                for j, i in enumerate(group):
+                    if lacks(i):
+                        save_latent({k: v[j].cpu() for k, v in posterior.items()}, images[i], mirrored)
+    state.wait_for_everyone()
 
 
-def stack_latents(images: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+def stack_latents(images: list[Path], mirrored: list[bool] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Means and stds (B, C, h, w) in float32 of images' latent files; the std of a sampler's own latent is 0."""
-    parts = [load_latent(image) for image in images]
+    parts = [load_latent(*one) for one in zip(images, mirrored or [False] * len(images))]
     mean = torch.stack([p["mean"] for p in parts]).float()
     std = torch.stack([p["std"] if "std" in p else torch.zeros_like(p["mean"]) for p in parts]).float()
     return mean, std
@@ -231,7 +263,7 @@ def sample(unet, scheduler, noise: torch.Tensor, condition: dict[str, torch.Tens
 
     Each image uses its own noise and generator only, so a picture does not depend on its batch.
     """
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(steps)                            # on the CPU: a step then never waits for the device
     guided = cfg_scale != 1
     condition = join(repeat(empty, len(noise)), condition) if guided else condition
     latents = noise * scheduler.init_noise_sigma

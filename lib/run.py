@@ -97,21 +97,22 @@ def generator(*key):
 
 # ---- pictures and latents: images/<name>.png beside latents/<name>.safetensors ----
 
-def latent_path(image: Path) -> Path:
+def latent_path(image: Path, mirrored: bool = False) -> Path:
+    """Where an image's latent lies; the mirrored image has one of its own."""
     image = Path(image)
-    return image.parent.parent / "latents" / (image.stem + ".safetensors")
+    return image.parent.parent / "latents" / (image.stem + (".flip" if mirrored else "") + ".safetensors")
 
 
-def save_latent(tensors: dict, image: Path) -> None:
+def save_latent(tensors: dict, image: Path, mirrored: bool = False) -> None:
     """Keep an image's latent: `mean` and, for a VAE posterior, `std`, (C, h, w), in the UNet's scaled units."""
     from safetensors.torch import save_file
-    with atomic(latent_path(image)) as temporary:
+    with atomic(latent_path(image, mirrored)) as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
 
 
-def load_latent(image: Path) -> dict:
+def load_latent(image: Path, mirrored: bool = False) -> dict:
     from safetensors.torch import load_file
-    return load_file(latent_path(image))
+    return load_file(latent_path(image, mirrored))
 
 
 def save_image(picture, path: Path) -> None:

@@ -38,7 +38,7 @@ def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str, k
     if not batches:
         return
     unet = models.load_unet(s, k) if unet is None else unet
-    scheduler, vae = models.load_scheduler(s), models.load_vae(s)
+    scheduler, vae = models.load_sampler(s), models.load_vae(s)
     side = s.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     device, shape = models.device_of(s), (unet.config.in_channels, side, side)
     empty = encoder([""])

@@ -54,16 +54,17 @@ class Settings:
     cfg_scale: float = setting(2., "classifier-free guidance scale; 1 is off", "SD1.5: 7.5, SDXL: 5")
     sample_batch: int = setting(64, "images sampled at once", free=True)
     # 03: rank
-    reward: str = setting("implicit", "who ranks: implicit (the model itself), or for online DPO world, world-aesthetics or a "
-                                      "score of stage 05", "implicit; online DPO: aesthetics")
+    reward: str = setting("implicit", "who ranks: implicit (the model itself), or for online DPO world, "
+                                      "world-aesthetics or a score of stage 05", "implicit; online DPO: aesthetics")
     draws: int = setting(10, "(timestep, noise) draws per reward, shared by a prompt's candidates", "10")
     rank_t_min: int = setting(0, "lowest timestep of the reward's draws", "0")
     rank_t_max: int = setting(1000, "one past the highest timestep of the reward's draws", "1000")
     timesteps: str = setting("uniform", "the draws' timesteps: each at random, or one at random in each of `draws` equal "
                                         "parts of the range", "uniform", choices=("uniform", "stratified"))
-    reward_weights: str = setting("plain", "weight of a draw: plain, or balanced (over the anchor's own error at that draw, "
-                                           "so that no timestep drowns the others)", "plain", choices=("plain", "balanced"))
-    anchor: str = setting("base", "reference of the reward; iter0 is possible from round 2 on",
+    reward_weights: str = setting("plain", "weight of a draw: plain, or balanced (over the anchor's own error at that "
+                                           "draw, so that no timestep drowns the others)", "plain",
+                                  choices=("plain", "balanced"))
+    anchor: str = setting("base", "reference of the reward; iter0 holds from round 2 on",
                           "the initial anchor (unclear)", choices=("base", "iter0"))
     select: str = setting("best-worst", "how a prompt's pair is chosen", "best-worst", choices=("best-worst", "random"))
     min_margin: float = setting(0., "drop self-made pairs whose margin is below this many of its standard errors", "0")
@@ -71,7 +72,7 @@ class Settings:
     # 04: train
     loss: str = setting("dpo", "loss of all rounds; mapo (needs no reference) is a rival row of the table", "dpo",
                         choices=("dpo", "mapo"))
-    start: str = setting("", "a UNet (hub id or folder) to take as Iter0 instead of training it: SAIL* starts from DiffusionDPO")
+    start: str = setting("", "a UNet (hub id or folder) to take as Iter0 instead of training it", "SAIL*: DiffusionDPO's")
     beta: float = setting(2000., "strength of the KL anchor in the loss and scale of the reward", "5000")
     lr: float = setting(1e-5, "learning rate after warm-up", "not given")
     optimizer: str = setting("adamw", "optimizer", "SD1.5: adamw, SDXL: adafactor", choices=("adamw", "adafactor"))
@@ -94,8 +95,11 @@ class Settings:
     eval_seeds: int = setting(2, "images per evaluation prompt and model", "1")
     scores: str = setting("world", "world, or a list with commas of pickscore, hpsv2, hpsv2.1, imagereward, aesthetics",
                           "pickscore,imagereward,aesthetics,hpsv2")
-    score_weights: str = setting("", "weights of the scores, where not the published ones: name=path with commas", free=True)
+    score_weights: str = setting("", "weights of the scores, where not the published ones: name=path with commas",
+                                 free=True)
     # the machine
+    compile: str = setting("off", "torch.compile the UNets that sample and rank (minutes at the start of a stage)",
+                           free=True, choices=("off", "on"))
     device: str = setting("auto", "auto, cpu, cuda or mps", free=True)
     dtype: str = setting("auto", "auto (bf16 on CUDA, float32 elsewhere), float32, bfloat16 or float16",
                          choices=("auto", "float32", "bfloat16", "float16"))
@@ -155,6 +159,10 @@ def check(s: Settings) -> Settings:
     need((s.pairs == "world") == (s.prompts == "world") == (s.eval_prompts in ("world", "dev")),
          f"--pairs {s.pairs} --prompts {s.prompts} --eval-prompts {s.eval_prompts}: the embedded world's pairs and prompts "
          f"belong together; give your own for all three or for none")
+    rewards = ("implicit", "world", "world-aesthetics", "pickscore", "hpsv2", "hpsv2.1", "imagereward", "aesthetics")
+    need(s.reward in rewards, f"--reward {s.reward}: give one of {', '.join(rewards)}")
+    need(not s.reward.startswith("world") or s.pairs == "world", f"--reward {s.reward}: only the embedded world has it")
+    need(s.reward == "implicit" or not s.min_margin, "--min-margin: only the implicit reward has draws and so an error")
     need(s.batch % s.micro_batch == 0, f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}")
     need(0 <= s.prompt_dropout < 1, f"--prompt-dropout {s.prompt_dropout}: must lie in 0..1")
     need(0 <= s.flip <= 1, f"--flip {s.flip}: must lie in 0..1")

@@ -1,152 +1,269 @@
-"""Is it luck? Several arms over several run seeds, with intervals over seeds and prompts.
+"""When and why does SAIL work? The rival rows and every ablation of the embedded world, over several run seeds.
 
-writes  <out>/<arm>-<seed>/ (run folders), <out>/table.md, table.csv, study.png
+writes  <out>/<arm>-<seed>/ (run folders), <out>/results.parquet, and for each question <out>/<question>.md, .csv, .png
 
-Arms of one run seed share everything they have in common: the seed pairs, the prompts, Iter0, and base's pictures
-(hard links). Two arms run at once, on half the processors each. The same command continues an interrupted study.
+An arm is a run of the same stages with other settings. Arms of a run seed share what they have in common by hard
+links: the pictures of the human pairs, Iter0, base's evaluation. Two processes work at once, each on half of the
+processors; a process imports the stages once and runs arm after arm. The same command continues a stopped study.
 
-    ./run_sail.sh study                                     SAIL and its seed-only control, 3 run seeds
-    ./run_sail.sh study --arms "SAIL" "seed only" "random pair" "no mixup" --seeds 5 --beta 10000
+Every arm's beta and learning rate were chosen alike: `study --tune` tries the same four settings for each on the
+development prompts with a run seed used for nothing else. The evaluation prompts are fresh.
+
+    ./run_sail.sh study                                     everything: about 3 hours on 2 cores
+    ./run_sail.sh study --questions rivals --seeds 2        a part of it
+    ./run_sail.sh study --tune                              how TUNED below was found
 """
 
 import argparse
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
 import os
-import subprocess
+import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib import report  # noqa: E402
-from lib.run import UserError, run_stage, write_text  # noqa: E402
-from lib.settings import ROOT  # noqa: E402
+from lib import figures  # noqa: E402
+from lib.run import UserError, read_table, run_stage, write_table, write_text  # noqa: E402
+from lib.settings import ROOT, load  # noqa: E402
 
-ARMS = {"SAIL": [], "seed only": ["--alpha", "0"], "random pair": ["--select", "random"], "no mixup": ["--alpha", "1"]}
-SHARED = ("seed", "prompts.parquet", "embeds", "iter0", "eval/images/base", "eval/images/Iter0",
-          "eval/scores/base.parquet", "eval/scores/Iter0.parquet")
-SCORES = ("alignment", "aesthetics", "utility")
+FULL = 2048                                     # 16 times the seed, as the paper's 0.8M are of its 50K
+COMMON = "--iters 6 --eval-seeds 1"             # prompts for six rounds are set aside; most arms use three
+ARMS = {                                        # name: (rounds, settings)
+    "SAIL": (3, ""),
+    "seed only": (3, "--alpha 0"),
+    "seed only, equal exposure": (3, "--alpha 0 --iter-steps 30"),      # to human pairs: SAIL gives them 75% of 40 steps
+    "random pair": (3, "--select random"),
+    "no mixup": (3, "--alpha 1"),
+    "DiffusionDPO": (0, f"--seed-pairs {FULL} --iter0-steps 220"),      # as many steps as SAIL's four trainings together
+    "MaPO": (0, f"--seed-pairs {FULL} --iter0-steps 220 --loss mapo"),
+    "online DPO": (3, "--reward world"),
+    "online DPO, aesthetics": (3, "--reward world-aesthetics"),
+    "SAIL*": (3, "--start {out}/DiffusionDPO-{seed}/iter0/unet"),
+    "1 draw": (3, "--draws 1"), "4 draws": (3, "--draws 4"), "30 draws": (3, "--draws 30"),
+    "N = 4": (3, "--candidates 4"), "N = 16": (3, "--candidates 16"),
+    "anchor Iter0": (3, "--anchor iter0"),      # round 1 keeps the base: Iter0 against itself says nothing
+    "t below 500": (3, "--rank-t-max 500"), "t above 500": (3, "--rank-t-min 500"),
+    "stratified, balanced": (3, "--timesteps stratified --reward-weights balanced"),
+    "margin over 2 errors": (3, "--min-margin 2"),
+    "alpha 0.5": (3, "--alpha .5"),
+}
+for size in (32, 64, 512):
+    ARMS[f"SAIL, {size} pairs"] = (3, f"--seed-pairs {size}")
+    ARMS[f"seed only, {size} pairs"] = (3, f"--seed-pairs {size} --alpha 0")
+for noise in (0., .4, 1.):
+    ARMS[f"SAIL, noise {noise:g}"] = (3, f"--label-noise {noise}")
+    ARMS[f"seed only, noise {noise:g}"] = (3, f"--label-noise {noise} --alpha 0")
+for arm in ("SAIL", "seed only", "no mixup"):
+    ARMS[f"{arm}, 6 rounds"] = (6, ARMS[arm][1])
+TUNED: dict[str, str] = {}                      # settings of an arm where they differ from the preset's; from --tune
+CONTROLS = ()
+CONTROLS_ = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")     # of the SAIL runs; tuned too
+CONTROL_GRID = [f"extrapolated x{g}=extrapolate:Iter0:{g}" for g in (1.5, 2, 3, 4)] + \
+               [f"guided {w}=guide:Iter0:{w}" for w in (.5, 1, 2, 3)]
+GRID = ("--beta 2000 --lr 5e-6", "--beta 2000 --lr 1e-5", "--beta 2000 --lr 2e-5", "--beta 5000 --lr 1e-5")
+TUNE_ARMS = ("SAIL", "seed only", "no mixup", "online DPO", "DiffusionDPO", "MaPO")
+TUNE_SEED, ALIGNMENT_LOSS = 100, .01            # best utility among the settings that lose no more alignment than this
+QUESTIONS = {                                   # name: (title, arms, run seeds)
+    "rivals": ("The rows of the paper's table", ["SAIL", "seed only", "seed only, equal exposure", "DiffusionDPO", "MaPO",
+               "online DPO", "online DPO, aesthetics", "SAIL*"], 5),
+    "pairs": ("Which pair, and the mixup", ["SAIL", "random pair", "no mixup", "alpha 0.5", "margin over 2 errors"], 5),
+    "reward": ("The reward's settings", ["SAIL", "1 draw", "4 draws", "30 draws", "N = 4", "N = 16", "t below 500",
+               "t above 500", "stratified, balanced", "anchor Iter0"], 3),
+    "size": ("Utility against the number of human pairs", [f"{a}, {n} pairs" for a in ("SAIL", "seed only")
+             for n in (32, 64, 512)] + ["SAIL", "seed only", "DiffusionDPO"], 3),
+    "noise": ("Utility against label noise", [f"{a}, noise {n:g}" for a in ("SAIL", "seed only") for n in (0, .4, 1)]
+              + ["SAIL", "seed only"], 3),
+    "rounds": ("Six rounds", [f"{a}, 6 rounds" for a in ("SAIL", "seed only", "no mixup")], 3),
+}
+MAKES_CAPTIONS = ("seed", "holdout_pairs", "iter_prompts", "iters", "sampler", "sample_steps", "cfg_scale", "model")
+MAKES_SEED = (*MAKES_CAPTIONS, "seed_pairs", "label_noise", "eval_prompts", "eval_count")
+MAKES_ITER0 = ("beta", "lr", "loss", "iter0_steps", "start", "batch", "lora_rank", "flip", "optimizer", "warmup",
+               "weight_decay", "prompt_dropout")
 
+
+# ---- running ----
 
 def folder_of(out: Path, arm: str, seed: int) -> Path:
-    return out / f"{arm.replace(' ', '-')}-{seed}"
+    return out / f"{''.join(c if c.isalnum() or c in '.*' else '-' for c in arm)}-{seed}"
 
 
-def link(source: Path, target: Path) -> None:
-    """Hard links of what arms share, where the source has it."""
-    for name in SHARED:
-        if (source / name).exists() and not (target / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(["cp", "-rl", source / name, target / name], check=True)
+def settings_of(out: Path, arm: str, seed: int, more: list[str]) -> list[str]:
+    """The settings of an arm as given to its first stage; later ones win."""
+    _, own = ARMS[arm]
+    start = own.format(out=out, seed=seed)
+    given = ["--run", str(folder_of(out, arm, seed)), "--seed", str(seed), *COMMON.split(), *start.split(),
+             *TUNED.get(arm, "").split(), *more]
+    return given
 
 
-def run_arm(out: Path, arm: str, seed: int, settings: list[str], workers: int) -> None:
-    folder = folder_of(out, arm, seed)
+def stages() -> dict:
+    """The numbered scripts as modules, imported once per process."""
+    if not hasattr(stages, "kept"):
+        stages.kept = {}
+        for path in sorted(ROOT.glob("0?_*.py")):
+            spec = importlib.util.spec_from_file_location(f"stage_{path.stem}", path)
+            stages.kept[path.name[:2]] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(stages.kept[path.name[:2]])
+    return stages.kept
+
+
+def share(source: Path, target: Path, mine, theirs) -> None:
+    """Hard links of what two runs of one seed have in common; a stage then finds it made."""
+    names = [f.name for f in dataclasses.fields(mine) if not f.metadata["free"]]
+    differs = lambda *these: any(getattr(mine, n) != getattr(theirs, n) for n in these)
+    common, ledger = ["embeds", "eval/images/base", "eval/scores/base"], []
+    if not differs(*MAKES_SEED):
+        common += ["seed", "prompts.parquet", "benchmarks.parquet"]
+        ledger += ["01_seed"]
+        if not differs(*MAKES_ITER0):
+            common += ["iter0", "eval/images/Iter0", "eval/scores/Iter0"]
+            ledger += ["04_train_dpo 0"]
+    if not differs(*names):                                     # the same arm with fewer rounds
+        common += [p.relative_to(source) for k in range(1, 7) for p in source.glob(f"*/*/Iter{k}*")]
+        common += [p.relative_to(source) for p in source.glob("iter[1-9]")]
+        ledger += [f"{stage} {k}" for stage in ("02_generate", "03_rank", "04_train_dpo") for k in range(1, 7)]
+    files = [p for top in common for p in [source / top, *(source / top).rglob("*")] if p.is_file()]
+    if not differs(*MAKES_CAPTIONS):                            # the first pictures are those of a smaller seed too
+        files += [p for name in ("images", "latents") for p in (source / "seed" / name).glob("*")
+                  if int(p.name.split("_")[0]) < min(mine.seed_pairs, theirs.seed_pairs)]
+    for path in files:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.exists():
+            os.link(path, copy)
+    if not (target / "ledger.parquet").exists():                # what the shared parts had cost belongs to the arm too
+        table = pd.read_parquet(source / "ledger.parquet")
+        key = [stage if pd.isna(k) else f"{stage} {k}" for stage, k in zip(table.stage, table.iter)]
+        write_table(table[pd.Series(key).isin(ledger).to_numpy()], target / "ledger.parquet")
+
+
+def run_arm(out: Path, arm: str, seed: int, more: list[str], rows: list[str]) -> str:
+    """One run, as run_sail.sh would do it; and its evaluation, with further rows if asked."""
+    rounds, folder, stage = ARMS[arm][0], folder_of(out, arm, seed), stages()
+    given = settings_of(out, arm, seed, more)
+    stamp = json.dumps([given, rows])
+    done = folder / "done.json"
+    if done.exists() and done.read_text() == stamp:
+        return f"{folder.name}: there"
     folder.mkdir(parents=True, exist_ok=True)
-    if arm != "SAIL":
-        link(folder_of(out, "SAIL", seed), folder)
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    with open(folder / "log.txt", "a") as log:
-        done = subprocess.run([ROOT / "run_sail.sh", "tiny", "--run", folder, "--seed", str(seed), *ARMS[arm], *settings],
-                              env=os.environ | {"OMP_NUM_THREADS": threads}, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
-        last = (folder / "log.txt").read_text().strip().splitlines()[-1]
-        raise UserError(f"{arm}, run seed {seed}: {last} (see {folder}/log.txt)")
-    print(f"{arm}, run seed {seed}: done", flush=True)
+    s, _ = load(given, "", create=True)
+    for source in (arm.split(",")[0], "SAIL", "DiffusionDPO"):
+        other = folder_of(out, source, seed)
+        if other != folder and (other / "done.json").exists():
+            share(other, folder, s, load(["--run", str(other)], "")[0])
+    run = ["--run", str(folder)]
+    with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        if not (folder / "prompts.parquet").exists():
+            stage["01"].main(run)
+        stage["04"].main([*run, "--iter", "0"])
+        for k in range(1, rounds + 1):
+            if s.alpha:
+                stage["02"].main([*run, "--iter", str(k)])
+                stage["03"].main([*run, "--iter", str(k)])
+            stage["04"].main([*run, "--iter", str(k)])
+        stage["05"].main([*run, *(part for row in rows for part in ("--row", row))])
+    for k in range(rounds + 1):                                  # candidates and weights are not needed any more
+        if k:
+            for name in ("images", "latents"):
+                shutil.rmtree(folder / f"iter{k}" / name, ignore_errors=True)
+    write_text(stamp, done)
+    return f"{folder.name}: done"
 
 
-def gather(out: Path, arms: list[str], seeds: list[int]) -> dict[tuple[str, str], np.ndarray]:
-    """{(arm, model): (seeds, prompts, 3 scores)}; the noise of a picture's evaluation is the same everywhere."""
-    found: dict[tuple[str, str], list] = {}
-    for seed in seeds:
-        for arm in arms:
-            scores = pd.read_parquet(folder_of(out, arm, seed) / "eval" / "scores.parquet")
-            for model, part in scores.groupby("model", sort=False):
-                found.setdefault((arm, model), []).append(part.groupby("prompt")[list(SCORES)].mean().sort_index().to_numpy())
-    return {key: np.stack(v) for key, v in found.items()}
+def one_thread(threads: int) -> None:
+    import torch
+    torch.set_num_threads(threads)
 
 
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of (seeds, prompts) and its 95% interval by resampling both run seeds and prompts."""
-    rng = np.random.default_rng(0)
-    s, p = values.shape
-    means = [values[rng.integers(s, size=s)][:, rng.integers(p, size=p)].mean() for _ in range(report.RESAMPLES)]
-    return values.mean(), *np.percentile(means, [2.5, 97.5])
+def run_all(out: Path, jobs: list[tuple], workers: int) -> None:
+    """Jobs (arm, seed, more, rows): first those that others share things with, last those that go on from another."""
+    context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    turn = lambda job: 0 if job[0] in ("SAIL", "DiffusionDPO") else 2 if job[0].endswith("rounds") else 1
+    with ProcessPoolExecutor(workers, context, one_thread, (threads,)) as pool, \
+            tqdm(total=len(jobs), desc="study", unit="run") as bar:
+        failed = []
+        for part in ([j for j in jobs if turn(j) == n] for n in range(3)):
+            for future in as_completed([pool.submit(run_arm, out, *job) for job in part]):
+                try:
+                    bar.set_postfix_str(future.result())
+                except UserError as error:                      # the other runs go on
+                    failed.append(str(error))
+                bar.update()
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} runs failed, the others are done: {failed[0]}")
 
 
-def contrasts(data: dict, arms: list[str], last: str) -> list[tuple[str, np.ndarray]]:
-    """What the study asks: (question, differences (seeds, prompts, scores))."""
-    first = arms[0]
-    rows = [("Iter0 over base", data[first, "Iter0"] - data[first, "base"])]
-    rows += [(f"{arm}: {last} over Iter0", data[arm, last] - data[arm, "Iter0"]) for arm in arms]
-    rows += [(f"{arm}: {last} over base", data[arm, last] - data[arm, "base"]) for arm in arms]
-    return rows + [(f"{first} over {arm}, at {last}", data[first, last] - data[arm, last]) for arm in arms[1:]]
+# ---- what the runs say ----
+
+def collect(out: Path, jobs: list[tuple]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores (arm, seed, model, prompt_id, alignment, aesthetics, utility), one row per prompt; and facts of each round
+    (arm, seed, model, pairs, forwards: UNet forwards up to it without the evaluation, accuracy, diversity)."""
+    scores, facts = [], []
+    for arm, seed, *_ in jobs:
+        folder = folder_of(out, arm, seed)
+        table = read_table(folder / "eval" / "scores.parquet", ("model", "prompt_id", *figures.SCORES), "05_eval.py")
+        means = table.groupby(["model", "prompt_id"], sort=False)[figures.SCORES].mean().reset_index()
+        scores.append(means.assign(arm=arm, seed=seed))
+        ledger = pd.read_parquet(folder / "ledger.parquet").query("stage != '05_eval'")
+        human = json.loads((folder / "config.json").read_text())["settings"]["seed_pairs"]
+        for k in range(ARMS[arm][0] + 1):
+            path = folder / f"iter{k + 1}" / "judge.json"       # the judge of round k+1 is model k
+            judge = json.loads(path.read_text()) if path.exists() else {}
+            facts.append({"arm": arm, "seed": seed, "model": f"Iter{k}", "pairs": human,
+                          "forwards": int(ledger[ledger.iter.fillna(0) <= k].unet_forwards.sum()),
+                          "accuracy": judge.get("accuracy"), "diversity": judge.get("diversity")})
+    return pd.concat(scores, ignore_index=True), pd.DataFrame(facts)
 
 
-def write_results(out: Path, arms: list[str], seeds: list[int]) -> None:
-    data = gather(out, arms, seeds)
-    models = list(dict.fromkeys(model for arm, model in data if arm == arms[0]))
+def tune(own, more: list[str]) -> None:
+    """Every arm of TUNE_ARMS with every setting of GRID, on development prompts and a run seed of its own."""
     rows = []
-    for question, difference in contrasts(data, arms, models[-1]):
-        for i, score in enumerate(SCORES):
-            mean, low, high = interval(difference[..., i])
-            rows.append({"question": question, "score": score, "mean": mean, "low": low, "high": high})
-            for seed, part in zip(seeds, difference[..., i]):
-                lo, hi = report.bootstrap(part)
-                rows[-1] |= {f"seed {seed}": part.mean(), f"seed {seed} low": lo, f"seed {seed} high": hi}
+    for i, setting in enumerate(GRID):
+        out = own.out / "tune" / str(i)
+        jobs = [(arm, TUNE_SEED, [*setting.split(), "--eval-prompts", "dev", "--eval-count", "160", *more],
+                 []) for arm in TUNE_ARMS]
+        run_all(out, jobs, own.workers)
+        scores, _ = collect(out, jobs)
+        for arm, part in scores.groupby("arm", sort=False):
+            means = part.groupby("model")[figures.SCORES].mean()
+            wanted = [f"Iter{ARMS[arm][0]}", *(m for m in means.index if m.startswith(("extrapolated", "guided")))]
+            rows += [{"arm": arm if m.startswith("Iter") else m, "setting": setting}
+                     | (means.loc[m] - means.loc["base"]).round(4).to_dict() for m in wanted]
     table = pd.DataFrame(rows)
-    write_text(table.to_csv(index=False, float_format="%.6g"), out / "table.csv")
-    show = lambda r, a, b, c: f"{r[a]:+.3f} [{r[b]:+.3f}, {r[c]:+.3f}]"
-    text = pd.DataFrame([{"": r["question"], "score": r["score"], "all seeds": show(r, "mean", "low", "high")}
-                         | {f"seed {s}": show(r, f"seed {s}", f"seed {s} low", f"seed {s} high") for s in seeds}
-                         for r in rows])
-    levels = pd.DataFrame([{"arm": arm, "model": m} | {score: f"{data[arm, m][..., i].mean():.3f}"
-                                                       for i, score in enumerate(SCORES)}
-                           for arm, m in data if m not in ("base", "Iter0") or arm == arms[0]])
-    write_text(report.markdown(levels) + "\n" + report.markdown(text), out / "table.md")
-    print((out / "table.md").read_text())
-    plot(data, arms, models, out / "study.png")
-
-
-def plot(data: dict, arms: list[str], models: list[str], path: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(SCORES), figsize=(4 * len(SCORES), 3.2))
-    for i, (axis, score) in enumerate(zip(axes, SCORES)):
-        for c, arm in enumerate(arms):
-            gains = np.stack([data[arm, m][..., i] - data[arm, "base"][..., i] for m in models])  # (models, seeds, prompts)
-            bands = np.array([interval(g)[1:] for g in gains]).T
-            axis.fill_between(models, *bands, color=f"C{c}", alpha=.15, linewidth=0)
-            axis.plot(models, gains.mean(2), color=f"C{c}", lw=.6, alpha=.6)
-            axis.plot(models, gains.mean((1, 2)), "o-", color=f"C{c}", markersize=4, label=arm)
-        axis.set_title(f"{score}: gain over base")
-        axis.axhline(0, color="gray", lw=.8)
-        axis.grid(alpha=.3)
-    axes[-1].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    allowed = table[table.alignment >= -ALIGNMENT_LOSS]
+    table["best"] = table.index.isin(allowed.groupby("arm").utility.idxmax())
+    write_text(table.to_csv(index=False), own.out / "tune.csv")
+    print("gains over base on development prompts\n" + table.sort_values(["arm", "setting"]).to_string(index=False))
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
-    parser.add_argument("--arms", nargs="+", default=["SAIL", "seed only"], choices=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=3, help="run seeds 0 .. N-1")
-    parser.add_argument("--workers", type=int, default=2, help="arms that run at once")
-    own, settings = parser.parse_known_args(argv)
-    seeds = list(range(own.seeds))
-    with ThreadPoolExecutor(own.workers) as pool:
-        start = lambda arm, seed, after=None: pool.submit(
-            lambda: (after and after.result(), run_arm(own.out, arm, seed, settings, own.workers)))
-        first = {seed: start("SAIL", seed) for seed in seeds}
-        rest = [start(arm, seed, first[seed]) for seed in seeds for arm in own.arms if arm != "SAIL"]
-        for future in [*first.values(), *rest]:
-            future.result()
-    write_results(own.out, own.arms, seeds)
+    parser.add_argument("--questions", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS))
+    parser.add_argument("--seeds", type=int, default=0, help="run seeds of every question; 0 leaves its own number")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once")
+    parser.add_argument("--tune", action="store_true", help="try GRID for every arm of TUNE_ARMS instead")
+    own, more = parser.parse_known_args(argv)
+    if own.tune:
+        return tune(own, more)
+    jobs = {(arm, seed): (arm, seed, more, list(CONTROLS) if arm == "SAIL" else [])
+            for name in own.questions for arm in QUESTIONS[name][1] for seed in range(own.seeds or QUESTIONS[name][2])}
+    run_all(own.out, list(jobs.values()), own.workers)
+    scores, facts = collect(own.out, list(jobs.values()))
+    write_table(scores, own.out / "results.parquet")
+    write_table(facts, own.out / "facts.parquet")
+    for name in own.questions:
+        title, arms, seeds = QUESTIONS[name]
+        figures.answer(own.out, name, title, arms, range(own.seeds or seeds), scores, facts)
 
 
 if __name__ == "__main__":
