@@ -3,6 +3,7 @@
 #
 #   ./run_sail.sh                                 the embedded world, on a CPU, in minutes
 #   ./run_sail.sh tiny --run runs/no-mixup --alpha 1.0 --iters 5
+#   ./run_sail.sh sd15 --plan                     what a run would cost, before anything is spent
 #   ./run_sail.sh --help                          every setting, its meaning, and the paper's value
 #
 # The same command after Ctrl-C, a crash or a power cut continues where it was. SAIL_ACTIVE=1 uses the active Python
@@ -15,6 +16,7 @@ if [ "${1:-}" = study ]; then shift; exec "$python" "$root/lib/study.py" "$@"; f
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then set -- --preset "$@"; fi
 case " $* " in *" --help "* | *" -h "*)
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$root/run_sail.sh"; PYTHONPATH="$root" exec "$python" -m lib.settings --help;;
+*" --plan "*) PYTHONPATH="$root" exec "$python" -m lib.plan "$@";;
 esac
 
 line=$(PYTHONPATH="$root" "$python" -m lib.settings "$@")        # makes or checks <run>/config.json

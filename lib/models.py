@@ -141,14 +141,14 @@ def ensure_latents(images: list[Path], s: Settings, open_one, mirrored: bool = F
     lacks = lambda i: not latent_path(images[i], mirrored).exists()
     groups = [range(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
     groups = [g for g in groups[state.process_index::state.num_processes] if any(map(lacks, g))]
-    read = lambda g: torch.stack([pil_to_tensor(open_one(rows[images[i]])) for i in g]).float() / 255
     if groups:
         vae = load_vae(s)
-        with ThreadPoolExecutor(2) as readers:
-            coming = readers.submit(read, groups[0])
+        with ThreadPoolExecutor(8) as readers:
+            ask = lambda g: [readers.submit(open_one, rows[images[i]]) for i in g]
+            coming = ask(groups[0])
             for n, group in enumerate(tqdm(groups, desc="latents", unit="batch", disable=not state.is_local_main_process)):
-                pictures = coming.result()
-                coming = readers.submit(read, groups[n + 1]) if n + 1 < len(groups) else None
+                pictures = torch.stack([pil_to_tensor(picture.result()) for picture in coming]).float() / 255
+                coming = ask(groups[n + 1]) if n + 1 < len(groups) else []
                 posterior = encode(vae, pictures.flip(-1) if mirrored else pictures)
                 for j, i in enumerate(group):
                     if lacks(i):

@@ -1,6 +1,6 @@
 """Human pairs and prompts from outside: Pick-a-Pic shards, a hub dataset, or one's own files.
 
-Pairs stream: of a Parquet file one batch of rows is in memory, and a shard is opened, or fetched from the hub, only
+Pairs stream: of a Parquet file a batch of rows is in memory, and a shard is opened, or fetched from the hub, only
 when those before it did not suffice. Every order follows from the run seed and from names, never from how a file
 system or the hub happens to list them. Rows count from 1; a CSV's header and blank lines are left out.
 """
@@ -15,6 +15,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -70,24 +71,24 @@ def need(columns: tuple[str, ...], have: Iterable[str], where: str) -> None:
 
 
 def text_rows(path: Path) -> list[tuple[str, dict]]:
-    """(where, record) of a CSV with a header, a JSON list, JSON lines, or a text of one prompt a line."""
+    """(where, record) of CSV or TSV with a header, a JSON list or style: [prompts], JSON lines, or a text of prompts."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         rows = [line.strip() for line in text.split("\n") if line.strip()]
-        if path.suffix == ".csv":
-            rows = csv.DictReader(io.StringIO(text, newline=""))
+        if path.suffix in (".csv", ".tsv"):
+            rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
         elif path.suffix in (".json", ".jsonl"):                    # as one list: an error then names the line
             rows = json.loads(text if path.suffix == ".json" else "[" + ",\n".join(rows) + "]")
+            if isinstance(rows, dict) and rows and all(isinstance(prompts, list) for prompts in rows.values()):
+                rows = [{"style": style, "prompt": prompt} for style, prompts in rows.items() for prompt in prompts]
             if not isinstance(rows, list):
                 raise ValueError("it holds no list")
-        rows = [(f"{path}, row {number}", {"prompt": row} if isinstance(row, str) else row)
-                for number, row in enumerate(rows, 1)]
+        rows = [(f"{path}, row {n}", {"prompt": row} if isinstance(row, str) else row) for n, row in enumerate(rows, 1)]
     except (OSError, csv.Error, ValueError) as error:
         raise UserError(f"{path}: not readable as UTF-8 {path.suffix[1:] or 'text'} ({error}); correct it") from None
     for where, row in rows:
         if not isinstance(row, dict) or None in row:                # csv keeps surplus cells under None
-            raise UserError(f"{where}: does not fit the columns; correct it "
-                            f"(in a CSV, put double quotes round a prompt with commas)")
+            raise UserError(f"{where}: does not fit the columns; put double quotes round a CSV's prompt with commas")
     return rows
 
 
@@ -101,8 +102,8 @@ def parquet(file, where: str) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{where}: not a readable Parquet file ({error}); fetch or write it again") from None
 
 
-def parquet_rows(file: Path, name: str, seed: int) -> Iterator[tuple[str, dict]]:
-    """(where, record) of one file: row groups shuffled, then the rows within each batch; other columns stay unread."""
+def parquet_rows(file: Path, name: str, seed: int) -> Iterator[list[tuple[str, dict]]]:
+    """Batches of (where, record): row groups shuffled, then the rows within each batch; other columns stay unread."""
     with parquet(file, str(file)) as table:
         have = set(table.schema_arrow.names)
         columns = PICKAPIC if {"caption", "jpg_0"} & have and not set(OWN) <= have else OWN
@@ -112,24 +113,26 @@ def parquet_rows(file: Path, name: str, seed: int) -> Iterator[tuple[str, dict]]
         for group in shuffled(range(len(sizes)), seed, name):
             first = sum(sizes[:group]) + 1
             for batch in table.iter_batches(BATCH, row_groups=[group], columns=columns):
-                for row in shuffled(range(first, first + batch.num_rows), seed, name):
-                    yield f"{file}, row {row}", batch.slice(row - first, 1).to_pylist()[0]
+                rows = shuffled(range(first, first + batch.num_rows), seed, name)
+                yield [(f"{file}, row {row}", batch.slice(row - first, 1).to_pylist()[0]) for row in rows]
                 first += batch.num_rows
 
 
-def prompt_column(file, where: str) -> list[str]:
-    """The `prompt` or else `caption` column of one Parquet or text file; of Parquet no other column is read."""
+def prompt_rows(file, where: str) -> list[tuple[str, str]]:
+    """(style or "", prompt) of each row of a table: columns prompt, or caption, and style, or category, in any case."""
+    def columns(have: Iterable[str], where: str) -> list[str]:
+        named = {column.lower(): column for column in have}
+        need(() if {"prompt", "caption"} & set(named) else ("prompt",), have, where)
+        return [next(named[n] for n in names if n in named)
+                for names in (("prompt", "caption"), ("style", "category")) if set(names) & set(named)]
     if isinstance(file, Path) and file.suffix != ".parquet":
         rows = text_rows(file)
-        for where, row in rows:
-            need(("prompt",) if "caption" not in row else (), row, where)
-        return [str(row.get("prompt", row.get("caption")) or "").strip() for _, row in rows]
-    with parquet(file, where) as table:
-        have = table.schema_arrow.names
-        column = "caption" if "caption" in have and "prompt" not in have else "prompt"
-        need((column,), have, where)
-        batches = table.iter_batches(columns=[column])
-        return [str(prompt or "").strip() for batch in batches for prompt in batch[0].to_pylist()]
+    else:
+        with parquet(file, where) as table:
+            batches = table.iter_batches(columns=columns(table.schema_arrow.names, where))
+            rows = [(where, row) for batch in batches for row in batch.to_pylist()]
+    cells = [[str(row[column] or "").strip() for column in columns(row, where)] for where, row in rows]
+    return [(style[0] if style else "", prompt) for prompt, *style in cells]
 
 
 @contextlib.contextmanager
@@ -147,8 +150,8 @@ def hub(source: str):
         raise UserError(f"{source}: {why}. {GONE}") from None
 
 
-def shards(source: str) -> tuple[list[str], Callable, Callable]:
-    """Names of a source's Parquet files without those of its test and validation splits, and two ways to open one.
+def shards(source: str, every: bool = False) -> tuple[list[str], Callable, Callable]:
+    """Names of a source's Parquet files, unless `every` without test and validation splits, and two ways to open one.
 
     `fetch` gives the whole file (from the hub: downloaded into its cache), `peek` one to read a column of (from the
     hub: only that column's bytes). Both stay at the commit that was listed.
@@ -168,7 +171,7 @@ def shards(source: str) -> tuple[list[str], Callable, Callable]:
         peek = lambda name: HfFileSystem().open(f"datasets/{source}@{info.sha}/{name}", block_size=1 << 18)
     else:
         raise UserError(f"{source}: no such file or folder, nor a hub dataset id (owner/name); correct --pairs")
-    names = [name for name in files if not OTHER_SPLIT.search(name)]
+    names = [name for name in files if every or not OTHER_SPLIT.search(name)]
     if not names:
         raise UserError(f"{source}: no Parquet file in it{' but of test and validation splits' if files else ''}; "
                         f"give --pairs training shards or one file of your own")
@@ -209,47 +212,53 @@ def ranked(record: dict) -> dict | str:
     return {"prompt": (record["caption"] or "").strip(), "win": win, "lose": lose}
 
 
-def source_rows(source: str, seed: int) -> Iterator[tuple[str, bool, dict | str]]:
-    """(where, own, pair or why there is none) in the seed's order; a text file's paths are all checked at the start."""
+def source_rows(source: str, seed: int) -> Iterator[list[tuple[str, bool, dict | str]]]:
+    """Batches of (where, own, pair or why there is none) in the seed's order; a text file's paths are checked first."""
     path = Path(source)
     if path.is_file() and path.suffix != ".parquet":
         rows = [(where, True, own_pair(record, path.parent, where)) for where, record in text_rows(path)]
-        yield from (rows[i] for i in shuffled(range(len(rows)), seed))
+        order = shuffled(range(len(rows)), seed)
+        yield from ([rows[i] for i in order[start:start + BATCH]] for start in range(0, len(rows), BATCH))
         return
     names, fetch, _ = shards(source)
     for name in shuffled(names, seed):
         file = fetch(name)
-        for where, record in parquet_rows(file, name, seed):
-            own = "win" in record
-            yield where, own, own_pair(record, file.parent, where) if own else ranked(record)
+        for batch in parquet_rows(file, name, seed):
+            yield [(where, True, own_pair(record, file.parent, where)) if "win" in record else
+                   (where, False, ranked(record)) for where, record in batch]
 
 
-def read_pairs(source: str, seed: int, skipped: Counter | None = None) -> Iterator[dict]:
+def read_pairs(source: str, seed: int, skipped: Counter | None = None, avoid: Iterable[str] = ()) -> Iterator[dict]:
     """Pairs `{"pair_id", "prompt", "win", "lose"}` of a Parquet folder, a hub dataset or one's own file, in seed order.
 
-    `win` and `lose` are image bytes or paths, read to their end once already, for `decode`; `pair_id` is a hash of
-    prompt and images. `skipped` counts the rows that gave no pair, by reason: tie, no label, empty prompt, same image
-    twice, repeated pair and, in Pick-a-Pic's format, unreadable image. In one's own table (prompt, win, lose) that is
-    a UserError, and so are a missing column, a bad path, a hub that does not answer, and a source without any pair.
+    `win` and `lose` are image bytes or paths, read to their end once (by threads), for `decode`; `pair_id` is a hash of
+    prompt and images. `avoid`: the evaluation's prompts. `skipped` counts rows that gave no pair, by reason: tie, no
+    label, empty prompt, prompt of the evaluation, same image twice, repeated pair, and unreadable image; the last is a
+    UserError in one's own table, as are a missing column, a bad path, a silent hub, and a source without any pair.
     """
-    skipped = Counter() if skipped is None else skipped
-    seen = set()
-    for where, own, pair in source_rows(source, seed):
-        reason = pair if isinstance(pair, str) else "" if pair["prompt"] else "empty prompt"
-        if not reason:
-            try:
-                win, lose = digest(pair["win"]), digest(pair["lose"])
-                pair_id = hashlib.sha256(json.dumps([pair["prompt"], win, lose]).encode()).hexdigest()[:16]
-                reason = "same image twice" if win == lose else "repeated pair" if pair_id in seen else ""
-            except OSError as error:
-                if own:
-                    raise UserError(f"{where}: cannot read an image ({error}); replace it or drop the row") from None
-                reason = "unreadable image"
-        if reason:
-            skipped[reason] += 1
-        else:
-            seen.add(pair_id)
-            yield {"pair_id": pair_id, **pair}
+    skipped, seen, evaluation = Counter() if skipped is None else skipped, set(), {fold(prompt) for prompt in avoid}
+
+    def judge(where: str, own: bool, pair: dict | str) -> tuple[str, str]:
+        """Why a row gives no pair, or nothing; the pair's id."""
+        if isinstance(pair, str) or not pair["prompt"] or fold(pair["prompt"]) in evaluation:
+            return pair if isinstance(pair, str) else "prompt of the evaluation" if pair["prompt"] else "empty prompt", ""
+        try:
+            win, lose = digest(pair["win"]), digest(pair["lose"])
+        except OSError as error:
+            if own:
+                raise UserError(f"{where}: cannot read an image ({error}); replace it or drop the row") from None
+            return "unreadable image", ""
+        pair_id = hashlib.sha256(json.dumps([pair["prompt"], win, lose]).encode()).hexdigest()[:16]
+        return "same image twice" if win == lose else "", pair_id
+
+    with ThreadPoolExecutor() as pool:
+        for batch in source_rows(source, seed):
+            for (_, _, pair), (reason, pair_id) in zip(batch, pool.map(judge, *zip(*batch))):
+                if reason := reason or ("repeated pair" if pair_id in seen else ""):
+                    skipped[reason] += 1
+                    continue
+                seen.add(pair_id)
+                yield {"pair_id": pair_id, **pair}
     if not seen:
         reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items()) or "it has no rows"
         raise UserError(f"{source}: no usable pair ({reasons}); give --pairs another source")
@@ -261,19 +270,23 @@ def digest(image: bytes | Path) -> str:
     return hashlib.sha256(image.read_bytes() if isinstance(image, Path) else image).hexdigest()
 
 
+def fold(prompt: str) -> str:
+    """What two prompts are compared by: NFC, case folded, each run of white space one blank."""
+    return " ".join(unicodedata.normalize("NFC", prompt.casefold()).split())
+
+
 def distinct(prompts: Iterable[str], taken: Iterable[str]) -> Iterator[str]:
-    """First occurrences, compared in NFC, case folded, each run of white space one blank; empty ones are dropped."""
-    key = lambda prompt: " ".join(unicodedata.normalize("NFC", prompt.casefold()).split())
-    seen = {key(prompt) for prompt in taken} | {""}
+    """First occurrences, compared by `fold`; empty ones are dropped."""
+    seen = {fold(prompt) for prompt in taken} | {""}
     for prompt in prompts:
-        if (new := key(prompt)) not in seen:
+        if (new := fold(prompt)) not in seen:
             seen.add(new)
             yield prompt.strip()
 
 
 def read_prompts(path: str | Path) -> list[str]:
     """Distinct prompts in order: a UTF-8 text of one a line, or `prompt` or `caption` of CSV, JSON(L) or Parquet."""
-    prompts = dict.fromkeys(filter(None, prompt_column(Path(path), str(path))))
+    prompts = dict.fromkeys(prompt for _, prompt in prompt_rows(Path(path), str(path)) if prompt)
     if not prompts:
         raise UserError(f"{path}: holds no prompt; give a text file with one prompt a line")
     return list(prompts)
@@ -282,17 +295,6 @@ def read_prompts(path: str | Path) -> list[str]:
 def pair_prompts(source: str, seed: int, taken: Iterable[str], count: int) -> list[str]:
     """Up to `count` distinct prompts of a pair source, none of those taken; reads no image, and no shard in vain."""
     names, _, peek = shards(source)
-    column = hub(source)(lambda name: prompt_column(peek(name), f"{source}, {name}"))
-    prompts = itertools.chain.from_iterable(map(column, shuffled(names, seed)))
+    read = hub(source)(lambda name: prompt_rows(peek(name), f"{source}, {name}"))
+    prompts = (prompt for name in shuffled(names, seed) for _, prompt in read(name))
     return list(itertools.islice(distinct(prompts, taken), count))
-
-
-def split_prompts(pool: list[str], taken: Iterable[str], counts: dict[str, int], seed: int) -> dict[str, list[str]]:
-    """Disjoint random splits of a pool, `counts` prompts each, all `distinct` and none taken; UserError if too few."""
-    usable, total = list(distinct(pool, taken)), sum(counts.values())
-    if len(usable) < total:
-        parts = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"{total} prompts are needed ({parts}), but of {len(pool)} only {len(usable)} are left without "
-                        f"repeats and those in use elsewhere; give more, or ask for fewer")
-    order = iter(shuffled(usable, seed))
-    return {name: list(itertools.islice(order, count)) for name, count in counts.items()}

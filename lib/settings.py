@@ -188,11 +188,12 @@ def load(argv: list[str], stage_doc: str, extras: dict[str, dict] | None = None,
     for name in [k for k in given if k not in fields]:
         setattr(own, name, given.pop(name))
     folder = Path(given.get("run") or ROOT / "runs" / given.get("preset", "tiny"))
-    config = folder / "config.json"
+    config, changed = folder / "config.json", []
     if config.exists():
         saved = json.loads(config.read_text())["settings"]
         changed = [k for k, v in given.items() if not fields[k].metadata["free"] and k in saved and saved[k] != v]
-        if changed:
+        made = {p.name for p in folder.iterdir()} - {"config.json", "ledger.parquet", "log.txt"}
+        if changed and (made or "preset" in changed):          # a run that has made nothing yet may be corrected
             k = changed[0]
             raise UserError(f"{config}: this run has {k} = {saved[k]}, not {given[k]}; keep it, or give the changed "
                             f"run its own folder with --run")
@@ -202,7 +203,7 @@ def load(argv: list[str], stage_doc: str, extras: dict[str, dict] | None = None,
     else:
         raise UserError(f"{config} does not exist: start the run with 01_seed.py --run {folder}")
     s = check(Settings(**(values | {"run": str(folder)})))
-    if not config.exists():
+    if changed or not config.exists():
         write_text(json.dumps({"settings": dataclasses.asdict(s), **environment()}, indent=1) + "\n", config)
     return s, own
 

@@ -6,7 +6,7 @@ An arm is a run of the same stages with other settings. Arms of a run seed share
 links: the pictures of the human pairs, Iter0, base's evaluation. Two processes work at once, each on half of the
 processors; a process imports the stages once and runs arm after arm. The same command continues a stopped study.
 
-Every arm's beta and learning rate were chosen alike: `study --tune` tries the same four settings for each on the
+Every arm's beta and learning rate were chosen alike: `study --tune` tries the same three settings for each on the
 development prompts with a run seed used for nothing else. The evaluation prompts are fresh.
 
     ./run_sail.sh study                                     everything: about 3 hours on 2 cores
@@ -68,7 +68,7 @@ CONTROLS = ()
 CONTROLS_ = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")     # of the SAIL runs; tuned too
 CONTROL_GRID = [f"extrapolated x{g}=extrapolate:Iter0:{g}" for g in (1.5, 2, 3, 4)] + \
                [f"guided {w}=guide:Iter0:{w}" for w in (.5, 1, 2, 3)]
-GRID = ("--beta 2000 --lr 5e-6", "--beta 2000 --lr 1e-5", "--beta 2000 --lr 2e-5", "--beta 5000 --lr 1e-5")
+GRID = ("--beta 2000 --lr 5e-6", "--beta 2000 --lr 1e-5", "--beta 2000 --lr 2e-5")
 TUNE_ARMS = ("SAIL", "seed only", "no mixup", "online DPO", "DiffusionDPO", "MaPO")
 TUNE_SEED, ALIGNMENT_LOSS = 100, .01            # best utility among the settings that lose no more alignment than this
 QUESTIONS = {                                   # name: (title, arms, run seeds)
@@ -155,8 +155,8 @@ def run_arm(out: Path, arm: str, seed: int, more: list[str], rows: list[str]) ->
         return f"{folder.name}: there"
     folder.mkdir(parents=True, exist_ok=True)
     s, _ = load(given, "", create=True)
-    for source in (arm.split(",")[0], "SAIL", "DiffusionDPO"):
-        other = folder_of(out, source, seed)
+    tuned_first = folder_of(out.parent / "0", arm, seed)         # of the tuning's first setting
+    for other in (*(folder_of(out, name, seed) for name in (arm.split(",")[0], "SAIL", "DiffusionDPO")), tuned_first):
         if other != folder and (other / "done.json").exists():
             share(other, folder, s, load(["--run", str(other)], "")[0])
     run = ["--run", str(folder)]
@@ -170,10 +170,9 @@ def run_arm(out: Path, arm: str, seed: int, more: list[str], rows: list[str]) ->
                 stage["03"].main([*run, "--iter", str(k)])
             stage["04"].main([*run, "--iter", str(k)])
         stage["05"].main([*run, *(part for row in rows for part in ("--row", row))])
-    for k in range(rounds + 1):                                  # candidates and weights are not needed any more
-        if k:
-            for name in ("images", "latents"):
-                shutil.rmtree(folder / f"iter{k}" / name, ignore_errors=True)
+    for k in range(1, rounds + 1) if arm != "SAIL" else ():     # thousands of small files that nobody needs again
+        for name in ("images", "latents"):
+            shutil.rmtree(folder / f"iter{k}" / name, ignore_errors=True)
     write_text(stamp, done)
     return f"{folder.name}: done"
 

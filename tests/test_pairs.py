@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from lib import pairs
+from lib import benchmarks, pairs
 from lib.run import UserError
 
 DATA = ROOT.parent / "shared" / "data"
@@ -318,6 +318,15 @@ def test_own_parquet_with_bytes_and_with_structs_gives_the_same_pairs_as_files(t
     assert len(ids["paths"]) == 12 and all(found == ids["paths"] for found in ids.values())
 
 
+def test_pairs_with_a_prompt_of_the_evaluation_are_left_out_unread(tmp_path):
+    rows = [shard_row(i) for i in range(4)] + [shard_row(9, caption="Taken  PROMPT", jpg_0=b"not an image")]
+    write(tmp_path / "0.parquet", rows)
+    skipped = Counter()
+    found = list(pairs.read_pairs(str(tmp_path), 0, skipped, ["taken prompt ", "prompt 2", "other"]))
+    assert {p["prompt"] for p in found} == {"prompt 0", "prompt 1", "prompt 3"}
+    assert skipped == {"prompt of the evaluation": 2}
+
+
 def test_own_rows_without_a_pair_are_counted(tmp_path):
     rows = own_rows(tmp_path, 3)
     rows += [rows[0], rows[1] | {"prompt": " "}, rows[1] | {"lose": rows[1]["win"]}]
@@ -442,6 +451,8 @@ def test_read_prompts_in_each_format(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps([{"caption": text} for text in given]))
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": text, "x": 1}) for text in given))
     write_own(tmp_path / "a.csv", [{"style": "x", "caption": text} for text in given + [" "]])
+    (tmp_path / "c.json").write_text(json.dumps({"x": given[:2], "y": given[2:]}))
+    (tmp_path / "a.tsv").write_text("Category\tPrompt\n" + "".join(f"x\t{text}\n" for text in given), encoding="utf-8")
     write(tmp_path / "a.parquet", [{"caption": text, "jpg_0": b"x"} for text in [*given, None, ""]])
     for path in sorted(tmp_path.iterdir()):
         assert pairs.read_prompts(path) == texts, path
@@ -474,23 +485,23 @@ def test_splits_are_disjoint_reproducible_and_not_taken():
     pool = [f"prompt {i}" for i in range(100)]
     counts = {"eval": 10, "iter1": 30, "iter2": 50}
     taken = {"PROMPT  7", "prompt 8\n"}
-    splits = pairs.split_prompts(pool, taken, counts, 0)
+    splits = benchmarks.split_prompts(pool, taken, counts, 0)
     together = [prompt for split in splits.values() for prompt in split]
     assert {name: len(split) for name, split in splits.items()} == counts
     assert len(set(together)) == 90 and not {"prompt 7", "prompt 8"} & set(together)
-    assert pairs.split_prompts(pool[::-1], taken, counts, 0) == splits
-    assert pairs.split_prompts(pool, taken, counts, 1) != splits
-    assert pairs.split_prompts(pool, taken, {"eval": 10, "iter1": 30}, 0)["iter1"] == splits["iter1"]
+    assert benchmarks.split_prompts(pool[::-1], taken, counts, 0) == splits
+    assert benchmarks.split_prompts(pool, taken, counts, 1) != splits
+    assert benchmarks.split_prompts(pool, taken, {"eval": 10, "iter1": 30}, 0)["iter1"] == splits["iter1"]
     assert together[:10] != sorted(together[:10]), "a split must be drawn, not cut off the front"
 
 
 def test_prompts_that_only_look_different_are_one():
     composed, apart = unicodedata.normalize("NFC", "Café au lait"), unicodedata.normalize("NFD", "Café au lait")
     pool = [composed, apart, "CAFÉ  AU\tLAIT", "Straße", "STRASSE", "", "tea"]
-    assert sorted(pairs.split_prompts(pool, set(), {"a": 3}, 0)["a"]) == [composed, "Straße", "tea"]
-    assert pairs.split_prompts(pool, {apart, "strasse"}, {"a": 1}, 0) == {"a": ["tea"]}
+    assert sorted(benchmarks.split_prompts(pool, set(), {"a": 3}, 0)["a"]) == [composed, "Straße", "tea"]
+    assert benchmarks.split_prompts(pool, {apart, "strasse"}, {"a": 1}, 0) == {"a": ["tea"]}
 
 
 def test_a_pool_too_small_says_what_is_there_and_what_is_needed():
-    fails(r"6 prompts are needed \(iter1 2, iter2 4\), but of 5 only 3 are left", pairs.split_prompts,
+    fails(r"6 prompts are needed \(iter1 2, iter2 4\), but of 5 only 3 are left", benchmarks.split_prompts,
           ["a", "b", "c", "A", "d"], {"D"}, {"iter1": 2, "iter2": 4}, 0)

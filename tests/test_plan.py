@@ -1,0 +1,89 @@
+"""The plan of a run: its counts are those that the run's ledger then shows, its arithmetic that of the real models."""
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, stage
+
+from lib import plan
+from lib.settings import PRESETS, Settings
+
+SMALL = ["--iters", "2", "--seed-pairs", "5", "--holdout-pairs", "3", "--iter-prompts", "2,3", "--candidates", "2", "--draws",
+         "2", "--sample-steps", "2", "--iter0-steps", "2", "--iter-steps", "0", "--batch", "2", "--micro-batch", "1",
+         "--alpha", ".5", "--flip", ".5", "--anchor", "iter0", "--eval-count", "4", "--eval-seeds", "1"]
+COUNTS = ["images", "unet_forwards", "optimizer_steps"]
+
+
+def test_counts_and_disk_are_those_of_a_real_run(tmp_path):
+    run, given = tmp_path / "run", ["--run", str(tmp_path / "run")]
+    s = plan.settings_of([*given, *SMALL, "--plan"])
+    planned = plan.counts(s)
+    assert not run.exists()
+    stage("01").main([*given, *SMALL])
+    stage("04").main([*given, "--iter", "0"])
+    for k in "12":
+        for number in ("02", "03", "04"):
+            stage(number).main([*given, "--iter", k])
+    stage("05").main(given)
+    ledger = pd.read_parquet(run / "ledger.parquet")
+    sort = lambda table: table.sort_values(["stage", "iter"])[["stage", "iter", *COUNTS]].reset_index(drop=True)
+    pd.testing.assert_frame_equal(sort(planned), sort(ledger), check_dtype=False)
+    mirrored = len(list(run.rglob("*.flip.safetensors")))
+    assert planned.encodes.sum() == mirrored > 0
+
+    shape = plan.shape_of(s)
+    expected = sum(plan.disk(s, shape, 2_230_000, row) for row in planned.to_dict("records"))
+    found = sum(f.stat().st_size for f in run.rglob("*") if f.suffix in (".png", ".jpg", ".safetensors"))
+    assert expected == pytest.approx(found, rel=.1)
+
+
+def test_plan_of_the_papers_runs():
+    """Section 4 of the paper in numbers: 10K, 20K, 20K prompts x 8 candidates, 50 steps with guidance; 128 pairs a step."""
+    t = plan.counts(Settings(**PRESETS["sd15"])).set_index(["stage", "iter"])
+    assert t.images["02_generate"].tolist() == [80_000, 160_000, 160_000]
+    assert t.unet_forwards["02_generate", 1] == 80_000 * 100
+    assert t.unet_forwards["03_rank"].tolist() == [2 * 800_000 + 40_000, 2 * 1_600_000 + 20_000, 2 * 1_600_000 + 20_000]
+    assert t.optimizer_steps["04_train_dpo"].tolist() == [391, 312, 625, 625]       # one pass: 50K, then 40K, 80K, 80K / 128
+    assert t.images["05_eval"].item() == 5 * (500 + 3174)
+    seed_only = plan.counts(Settings(**PRESETS["sd15"] | {"alpha": 0., "loss": "mapo"}))
+    assert set(seed_only.stage) == {"01_seed", "04_train_dpo", "05_eval"} and seed_only.unet_forwards[1] == 391 * 128 * 2
+
+
+@pytest.mark.parametrize("preset, unet, encode, decode", [("sd15", .803, 1.12, 2.51), ("sdxl", 6.76, 4.88, 10.5)])
+def test_arithmetic_of_the_real_architectures(preset, unet, encode, decode):
+    """Known counts of multiplications and additions, TFLOP for one picture."""
+    s = Settings(**PRESETS[preset])
+    shape = plan.Shape(plan.SD15_UNET if preset == "sd15" else plan.SDXL_UNET, plan.SD_VAE, 77, "")
+    for what, expected in (("unet", unet), ("encode", encode), ("decode", decode)):
+        assert plan.flops(shape, what, s.resolution) / 1e12 == pytest.approx(expected, rel=.005)
+
+
+def test_probe_and_table(tmp_path, capsys, monkeypatch):
+    """The whole command on the embedded world: hours of every stage, none for what it does not do, halved on two devices."""
+    monkeypatch.setattr(plan, "BUDGET", dict.fromkeys(plan.BUDGET, .2))
+    monkeypatch.setenv("SAIL_LAUNCH", "accelerate launch --num_processes 2")
+    plan.main(["--plan", "--run", str(tmp_path / "none"), *SMALL])
+    out = capsys.readouterr().out
+    assert "2 x cpu" in out and "in all" in out and not (tmp_path / "none").exists()
+    s = plan.settings_of(["--plan", "--lora-rank", "2", *SMALL])
+    one, probe = plan.plan(s, 1)
+    assert (one.hours > 0).all() and set(probe.seconds) == {"encode", "decode", "sample", "rank", "pair", "step"}
+    training = one[one.stage == "04_train_dpo"].iloc[0]
+    expected = training.optimizer_steps * (2 * probe.seconds["pair"] + probe.seconds["step"]) + 10 * probe.seconds["encode"]
+    assert training.hours * 3600 == pytest.approx(expected)
+
+
+def test_too_little_memory_is_said(monkeypatch):
+    """A device that holds neither the UNet nor a training step: hours still, from the VAE's speed."""
+    monkeypatch.setattr(plan, "BUDGET", dict.fromkeys(plan.BUDGET, .1))
+    monkeypatch.setattr(plan, "free_memory", lambda device: 10_000)
+    s = Settings(run="none")
+    probe = plan.Probe(s, plan.shape_of(s)).run()
+    assert any("do not fit" in note for note in probe.notes) and any("not timed" in note for note in probe.notes)
+    assert probe.seconds["pair"] == pytest.approx(8 * probe.seconds["sample"])
+
+
+def test_the_drivers_flag(tmp_path):
+    """run_sail.sh hands over to the plan before it makes the run folder."""
+    text = (ROOT / "run_sail.sh").read_text()
+    assert text.index("lib.plan") < text.index('line=$(')
