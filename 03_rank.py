@@ -201,8 +201,8 @@ def main(argv: list[str]) -> None:
         if pairs.empty:
             raise UserError(f"{path}: no pair has a margin of {s.min_margin} standard errors; lower --min-margin")
         judge = agreement(held) | {
-            "model": k - 1, "reward": s.reward, "anchor": "Iter0" if anchor_of(s, k) == 0 else "base", "draws": s.draws, "beta": s.beta, "select": s.select,
-            "diversity": diversity(run, candidates), "margin": float(pairs.margin.mean()), "self_pairs": len(pairs)}
+            "model": k - 1, "reward": s.reward, "anchor": "Iter0" if anchor_of(s, k) == 0 else "base", "draws": s.draws,
+            "beta": s.beta, "select": s.select, "diversity": diversity(run, candidates), "margin": float(pairs.margin.mean()), "self_pairs": len(pairs)}
         if PartialState().is_main_process:
             spread = draws.std(2) if draws.shape[2] > 1 else torch.full(draws.shape[:2], float("nan"))
             scored = pd.concat([g for _, g in by_prompt], ignore_index=True).assign(

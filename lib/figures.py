@@ -100,7 +100,8 @@ def side_by_side(plt, scores, facts, arms, seeds, table):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, .35 * len(rows) + 1.4), width_ratios=(1.4, 1))
     for i, r in rows.iterrows():
         middle, low, high = r["over base"], r["over base low"], r["over base high"]
-        left.errorbar(middle, -i, xerr=[[middle - low], [high - middle]], fmt="o", color=f"C{i % 10}", capsize=3, markersize=5)
+        left.errorbar(middle, -i, xerr=[[middle - low], [high - middle]], fmt="o", color=f"C{i % 10}", capsize=3,
+                      markersize=5)
         each = [float(v) for v in r["over base, by seed"].split()]
         left.plot(each, [-i - .22] * len(each), "|", color=f"C{i % 10}", markersize=5)
         if not pd.isna(r["UNet forwards"]):

@@ -90,6 +90,11 @@ def load_unet(s: Settings, k: int, trained: bool = False) -> UNet2DConditionMode
     return unet.to(device_of(s), memory_format=layout)
 
 
+def unet_config(s: Settings) -> dict:
+    """The configuration of the base's UNet."""
+    return _load(UNet2DConditionModel.load_config, s.model, subfolder="unet")
+
+
 def load_sampler(s: Settings):
     """The sampler of the setting's kind, on the noise schedule that the model was trained on."""
     return _load(SAMPLERS[s.sampler].from_pretrained, s.model, subfolder="scheduler")

@@ -32,28 +32,42 @@ def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summarise(scores: pd.DataFrame, names: list[str], base: str, iter0: str | None) -> pd.DataFrame:
-    """One row per benchmark, model and score: mean, low, high; gain over base and over Iter0, paired by prompt, with
-    intervals; win rate over base (share of prompts with a higher score, ties half)."""
+    """One row per benchmark, style, model and score (style "" is the whole benchmark): prompts, mean, low, high; gain over
+    base and over Iter0, paired by prompt, with intervals; win rate over base (share of prompts with a higher score, ties
+    half). A row that lacks prompts is compared on those it has."""
     rows = []
-    for (benchmark, name), wide in ((key, part) for benchmark, rest in scores.groupby("benchmark", sort=False)
-                                    for name in names for key, part in [((benchmark, name), rest.pivot_table(
-                                        index="prompt_id", columns="model", values=name, sort=False))]):
-        models = [m for m in scores.model.unique() if m in wide.columns]
-        values = wide[models].to_numpy()                                                         # (prompts, models)
-        low, high = bootstrap(values)
-        row = {m: {"benchmark": benchmark, "model": m, "score": name, "prompts": len(values),
-                   "mean": values[:, i].mean(), "low": low[i], "high": high[i]} for i, m in enumerate(models)}
-        for title, reference in (("gain", base), ("over_iter0", iter0)):
-            if reference in models:
-                gains = values - values[:, [models.index(reference)]]
-                low, high = bootstrap(gains)
-                for i, m in enumerate(models):
-                    if m not in (base, reference):
-                        row[m] |= {title: gains[:, i].mean(), f"{title}_low": low[i], f"{title}_high": high[i]}
-                        if title == "gain":
-                            row[m]["win_rate"] = (gains[:, i] > 0).mean() + .5 * (gains[:, i] == 0).mean()
-        rows += row.values()
+    for benchmark, rest in scores.groupby("benchmark", sort=False):
+        styles = [""] + [x for x in rest["style"].unique() if x and rest["style"].nunique() > 1]
+        for style in styles:
+            part = rest if style == "" else rest[rest["style"] == style]
+            for name in names:
+                wide = part.pivot_table(index=["style", "prompt_id"], columns="model", values=name, sort=False)
+                models = [m for m in scores.model.unique() if m in wide.columns]
+                rows += _lines(wide[models], {"benchmark": benchmark, "style": style, "score": name}, base, iter0)
     return pd.DataFrame(rows)
+
+
+def _lines(wide: pd.DataFrame, key: dict, base: str, iter0: str | None) -> list[dict]:
+    """The rows of one benchmark, style and score from (prompts, models)."""
+    lines = {m: {"model": m} | key for m in wide.columns}
+    for title, reference in (("", None), ("gain", base), ("over_iter0", iter0)):
+        if reference is not None and reference not in wide.columns:
+            continue
+        values = wide if reference is None else wide.sub(wide[reference], axis=0)
+        complete = [m for m in wide.columns if not values[m].isna().any()]
+        for group in [complete] * bool(complete) + [[m] for m in wide.columns if m not in complete]:
+            table = values[group].dropna().to_numpy()
+            if not len(table):
+                continue
+            low, high = bootstrap(table)
+            for i, m in enumerate(group):
+                if title == "":
+                    lines[m] |= {"prompts": len(table), "mean": table[:, i].mean(), "low": low[i], "high": high[i]}
+                elif m not in (base, reference):
+                    lines[m] |= {title: table[:, i].mean(), f"{title}_low": low[i], f"{title}_high": high[i]}
+                    if title == "gain":
+                        lines[m]["win_rate"] = (table[:, i] > 0).mean() + .5 * (table[:, i] == 0).mean()
+    return list(lines.values())
 
 
 # ---- the table ----
@@ -63,6 +77,7 @@ def readable(summary: pd.DataFrame, names: list[str], facts: dict[str, dict]) ->
     cell = lambda r, k, sign: "" if pd.isna(r.get(k, np.nan)) else \
         f"{r[k]:{sign}.3f} [{r[k + '_low']:{sign}.3f}, {r[k + '_high']:{sign}.3f}]"
     rows = []
+    summary = summary[summary["style"] == ""]
     for (benchmark, model), part in summary.groupby(["benchmark", "model"], sort=False):
         part = part.rename(columns={"low": "mean_low", "high": "mean_high"})
         by_score = {r["score"]: r for r in part.to_dict("records")}
@@ -74,7 +89,7 @@ def readable(summary: pd.DataFrame, names: list[str], facts: dict[str, dict]) ->
         row[f"{names[-1]}: over Iter0"] = cell(main, "over_iter0", "+")
         row["win rate over base"] = "" if pd.isna(main.get("win_rate", np.nan)) else f"{main['win_rate']:.0%}"
         rows.append(row)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).fillna("")
     return table.drop(columns=[c for c in table if (table[c].astype(str) == "").all()])
 
 
@@ -84,12 +99,27 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def notes(s, config: dict, scores: pd.DataFrame, versions: list[str], outside: dict[str, str]) -> list[str]:
+    """All that the numbers depend on, in lines of text: prompts, sampling, models, scorers, packages, hardware."""
+    counts = [f"{name} {part.prompt_id.nunique()} prompts" for name, part in scores.groupby("benchmark", sort=False)]
+    return [f"{', '.join(counts)}, {s.eval_seeds} picture(s) each; {s.sampler}, {s.sample_steps} steps, guidance "
+            f"{s.cfg_scale}, {s.resolution} pixels, {s.dtype} precision; base {s.model}" + (f", VAE {s.vae}" if s.vae else ""),
+            "intervals: 95%, bootstrap over prompts; gains paired by prompt and noise",
+            *(f"row {name}: {where}" for name, where in outside.items()), *(f"scorer {v}" for v in versions),
+            " ".join(f"{k} {v}" for k, v in config["versions"].items() if v),
+            f"code {config['commit']}, {config['hardware']}"]
+
+
 # ---- pictures ----
 
 def read_pictures(run: Path, images) -> torch.Tensor:
     """(B, 3, H, W) in 0..1 of image files named relative to the run folder."""
-    arrays = [np.asarray(open_image(Path(run) / image, Path(run), i)) for i, image in enumerate(images)]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+    return as_tensor([open_image(Path(run) / image, Path(run), i) for i, image in enumerate(images)])
+
+
+def as_tensor(pictures: list[Image.Image]) -> torch.Tensor:
+    """(B, 3, H, W) in 0..1."""
+    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 255
 
 
 def sheet(rows: list[list[Image.Image]], columns: list[str], labels: list[str], path: Path, side: int = 96) -> None:
@@ -126,11 +156,14 @@ def pair_sheet(run: Path, pairs: pd.DataFrame, path: Path, titles: tuple[str, st
 
 
 def sample_sheet(run: Path, scores: pd.DataFrame, path: Path, count: int = 8) -> None:
-    """Rows: the first prompts of each style in turn; columns: the models."""
-    first = scores[scores.seed == scores.seed.groupby(scores.prompt_id).transform("first")]
+    """Rows: the first prompts of each style in turn that every model has drawn; columns: the models."""
+    first = scores.drop_duplicates(["prompt_id", "model"])
+    models = list(scores.model.unique())
+    drawn = first.groupby("prompt_id").model.transform("size") == len(models)
+    first = first[drawn] if drawn.any() else first[first.model == models[0]]
+    models = [m for m in models if m in set(first.model)]
     ids = first.drop_duplicates("prompt_id").groupby("style", sort=False, dropna=False).head(
         -(-count // first["style"].nunique(dropna=False))).prompt_id[:count]
-    models = list(scores.model.unique())
     at = first.set_index(["prompt_id", "model"])
     rows = [[open_image(Path(run) / at.loc[(i, m), "image"], path, 0) for m in models] for i in ids]
     sheet(rows, models, [at.loc[(i, models[0]), "prompt"] for i in ids], path)
@@ -142,6 +175,7 @@ def curves(summary: pd.DataFrame, names: list[str], steps: list[str], judges: li
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    summary = summary[summary["style"] == ""]
     benchmarks = list(summary.benchmark.unique())
     extra = 1 if judges else 0
     figure, axes = plt.subplots(len(benchmarks), len(names) + extra, squeeze=False,
@@ -150,8 +184,9 @@ def curves(summary: pd.DataFrame, names: list[str], steps: list[str], judges: li
         for axis, name in zip(line, names):
             part = summary[(summary.benchmark == benchmark) & (summary["score"] == name)].set_index("model")
             own = part.loc[[m for m in steps if m in part.index]]
-            axis.fill_between(own.index, own.low, own.high, alpha=.2, color="C0", linewidth=0)
-            axis.plot(own.index, own["mean"], "o-", color="C0", markersize=4)
+            if len(own):
+                axis.fill_between(own.index, own.low, own.high, alpha=.2, color="C0", linewidth=0)
+                axis.plot(own.index, own["mean"], "o-", color="C0", markersize=4)
             for i, other in enumerate(m for m in part.index if m not in steps):
                 axis.axhline(part.loc[other, "mean"], ls="--", lw=1, color=f"C{i + 1}", label=other)
             axis.set_title(name if len(benchmarks) == 1 else f"{benchmark}: {name}")

@@ -1,0 +1,294 @@
+"""Training, sampling and ranking as the stages do them, beside the plain way; ratios from one run, sides in turn.
+
+    python -m tests.bench.bench_paths training             # SD1.5 with a quarter of its widths at 128 px: a laptop's CPU
+    python -m tests.bench.bench_paths training --full      # SD1.5 as it is at 512 px, bf16 on a CUDA device
+    python -m tests.bench.bench_paths sampling | ranking   [--full] [--rounds 5] [--threads 1]
+
+training   stage 04's step (latents and prompt embeddings from disk) beside Diffusion-DPO's as its authors and diffusers'
+           script run it: VAE-encode both pictures and encode the prompt in every step. Same UNets, optimizer, batch and
+           precision; the plain step finds its pictures in memory as tensors, so no JPEG is decoded.
+sampling   lib.sampler.paint beside StableDiffusionPipeline called prompt by prompt for 8 pictures, its PNGs saved too.
+ranking    stage 03's errors_of beside a loop over candidates and draws, one forward each of model and anchor.
+
+Weights are random (speed does not depend on them). Each side does one round unmeasured, then they alternate; given are
+medians, the ratio of the medians, and the lowest and highest ratio of a round. The last column is the counted arithmetic
+per second beside that of a large matrix product on the same device.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import threading
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lib import models, probe, sampler
+from lib.run import Ledger, generator, open_image, save_latent
+from lib.settings import PRESETS, ROOT, Settings, cpu_name
+
+QUARTER = {"sample_size": 16, "block_out_channels": (80, 160, 320, 320), "cross_attention_dim": 192,
+           "attention_head_dim": 2, "norm_num_groups": 16}     # 2 heads for 8: as wide as SD1.5's
+TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}   # CLIP ViT-L
+PROMPT = "a lighthouse at dusk, oil painting, number {}"
+
+
+# ---- models and settings ----
+
+def make_pipeline(folder: Path, full: bool) -> probe.Shape:
+    """SD1.5's classes and layout with random weights, saved for the stages to load; a quarter of every width if small."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**(probe.SD15_UNET if full else QUARTER))
+    vae = AutoencoderKL(**probe.SD_VAE | ({} if full else {"block_out_channels": (32, 64, 128, 128)}),
+                        scaling_factor=.18215)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "lib/tiny/tokenizer", model_max_length=77)
+    sizes = TEXT if full else {k: v // 4 if k != "num_hidden_layers" else v for k, v in TEXT.items()}
+    text = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=77,
+                                        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    schedule = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False)
+    StableDiffusionPipeline(vae, text, tokenizer, unet, schedule, safety_checker=None, feature_extractor=None,
+                            requires_safety_checker=False).save_pretrained(folder)
+    return probe.Shape(dict(unet.config), dict(vae.config), 77, "")
+
+
+def settings_of(folder: Path, full: bool) -> Settings:
+    small = {"resolution": 128, "sample_steps": 5, "sample_batch": 16, "draws": 5, "rank_batch": 40, "batch": 8}
+    own = {"batch": 16, "rank_batch": 80} if full else small
+    return Settings(**PRESETS["sd15"] | {"model": str(folder / "model"), "run": str(folder / "run"), "flip": 0.} | own)
+
+
+# ---- measuring ----
+
+class Peak:
+    """Highest memory within a `with`: allocated on CUDA, else the process's resident memory, looked at every 5 ms."""
+
+    def __enter__(self):
+        gc.collect()
+        self.bytes, self.done = 0, threading.Event()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        return self
+
+    def look(self):
+        while not self.done.wait(.005):
+            self.bytes = max(self.bytes, psutil.Process().memory_info().rss)
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+        if torch.cuda.is_available():
+            self.bytes = torch.cuda.max_memory_allocated()
+
+
+def alternate(ours, plain, rounds: int, device) -> tuple[list[float], list[float]]:
+    """Seconds of each round of both sides, in turn, after one round of each unmeasured."""
+    ours(), plain()
+    times = [(probe.seconds_of(ours, device), probe.seconds_of(plain, device)) for _ in range(rounds)]
+    return [t[0] for t in times], [t[1] for t in times]
+
+
+def tell(title: str, unit: str, count: int, flop: tuple[float, float], times: tuple[list, list], ceiling: float) -> None:
+    """One line per side, and their ratio."""
+    for name, seconds, work in zip(("ours", "plain"), times, flop):
+        middle = statistics.median(seconds)
+        print(f"{title:9} {name:6} {count / middle:8.3f} {unit}/s (rounds {count / max(seconds):.3f} to "
+              f"{count / min(seconds):.3f}), {work / middle / 1e12:.3g} TFLOP/s, "
+              f"{work / middle / ceiling:.0%} of a matrix product's {ceiling / 1e12:.3g}", flush=True)
+    ratios = [b / a for a, b in zip(*times)]
+    print(f"{title:9} ratio  {statistics.median(times[1]) / statistics.median(times[0]):.2f} (rounds {min(ratios):.2f} to "
+          f"{max(ratios):.2f}), by arithmetic alone {flop[1] / flop[0]:.2f}", flush=True)
+
+
+# ---- training ----
+
+def training(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> None:
+    stage, run, device, dtype = probe.stage("04"), Path(s.run), models.device_of(s), models.dtype_of(s)
+    pairs = pd.DataFrame([{"prompt": PROMPT.format(i), "win": f"seed/images/{i}_w.jpg", "lose": f"seed/images/{i}_l.jpg"}
+                          for i in range(s.batch)])
+    files = [run / name for name in (*pairs.win, *pairs.lose)]
+    (run / "seed/images").mkdir(parents=True)
+    for i, file in enumerate(files):
+        noise = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((s.resolution, s.resolution), Image.Resampling.BICUBIC).save(file)
+    models.ensure_latents(files, s, lambda i: open_image(files[i], run, i))
+    encoder, scheduler = models.PromptEncoder(s).prepare(pairs.prompt.tolist()), models.load_schedule(s)
+    policy, ref = stage.load_policy(s, 0)
+    parameters = list(policy.parameters())
+    optimizer = stage.make_optimizer(s, parameters)
+    values = models.stack_latents(files[:1])[0].shape[1:]
+
+    def finish():
+        torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def ours():
+        """The body of 04_train_dpo.train."""
+        draws = stage.step_draws(s, 0, 0, values)
+        for slots in torch.arange(s.batch).split(s.micro_batch):
+            part = {name: v[:, slots] if name == "posterior" else v[slots] for name, v in draws.items()}
+            errors = stage.pair_errors(s, policy, ref, scheduler, pairs.iloc[slots.tolist()], part, encoder)
+            (stage.dpo_loss(*errors, s.beta)[0].sum() / s.batch).backward()
+        finish()
+
+    def plain():
+        """A step of SalesforceAIResearch/DiffusionDPO's train.py and diffusers' train_diffusion_dpo.py."""
+        for slots in torch.arange(s.batch).split(s.micro_batch):
+            b = len(slots)
+            with torch.no_grad():
+                latents = vae.encode(pictures[:, slots].flatten(0, 1).to(device, dtype)).latent_dist.sample()
+                latents = latents * vae.config.scaling_factor
+                tokens = tokenizer(pairs.prompt[slots.tolist()].tolist(), padding="max_length", return_tensors="pt")
+                embeds = text(tokens.input_ids.to(device)).last_hidden_state.repeat(2, 1, 1)
+            noise = torch.randn_like(latents[:b]).repeat(2, 1, 1, 1)
+            t = torch.randint(1000, (b,), device=device).repeat(2)
+            x_t = scheduler.add_noise(latents, noise, t)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                error = (policy(x_t, t, embeds).sample.float() - noise.float()).square().mean((1, 2, 3))
+                with torch.no_grad():
+                    ref_error = (ref(x_t, t, embeds).sample.float() - noise.float()).square().mean((1, 2, 3))
+            win, lose = error.chunk(2)
+            ref_win, ref_lose = ref_error.chunk(2)
+            inside = -s.beta / 2 * ((win - lose) - (ref_win - ref_lose))
+            (-torch.nn.functional.logsigmoid(inside).sum() / s.batch).backward()
+        finish()
+
+    ours()                                                      # the optimizer's states, then the peak of each
+    with Peak() as mine:
+        ours()
+    vae = models.load_vae(s)
+    (tokenizer, text), = encoder._load_encoders()
+    text.requires_grad_(False)
+    pictures = torch.stack([torch.from_numpy(np.array(open_image(f, run, 0))) for f in files]).movedim(-1, 1) / 127.5 - 1
+    pictures = pictures.unflatten(0, (2, s.batch))
+    with Peak() as theirs:
+        plain()
+    unet, encode = probe.flops(shape, "unet", s.resolution), probe.flops(shape, "encode", s.resolution)
+    noisy, t, condition = probe.inputs(policy, 77, s.resolution // 8, 2 * s.micro_batch, device)
+    with torch.no_grad():
+        part = pictures.flatten(0, 1)[:2 * s.micro_batch].to(device, dtype)
+        took = [min(probe.seconds_of(work, device) for _ in range(4)) for work in
+                (lambda: models.predict(ref, noisy, t, condition), lambda: vae.encode(part))]
+    print(f"training  UNet forward over VAE encode: arithmetic {unet / encode:.2f}, time {took[0] / took[1]:.2f} (SD1.5's "
+          f"arithmetic: 0.72); {s.batch} pairs a step in micro-batches of {s.micro_batch}")
+    flop = s.batch * probe.forwards_per_pair(s) * unet
+    tell("training", "pairs", s.batch, (flop, flop + 2 * s.batch * encode), alternate(ours, plain, rounds, device), ceiling)
+    print(f"training  peak memory: ours {mine.bytes / 1e9:.2f} GB, plain {theirs.bytes / 1e9:.2f} GB")
+
+
+# ---- sampling ----
+
+def sampling(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> None:
+    run, device, n = Path(s.run), models.device_of(s), s.candidates
+    prompts = [PROMPT.format(i) for i in range(max(2, 2 * s.sample_batch // n if s.resolution > 128 else 2))]
+    unet, scheduler, ledger = models.load_unet(s, -1), models.load_sampler(s), Ledger(run, "bench", None, str(device))
+    pipe = StableDiffusionPipeline.from_pretrained(s.model, unet=unet, scheduler=scheduler, dtype=models.dtype_of(s))
+    pipe.to(device).set_progress_bar_config(disable=True)
+    seeds = {p: range(n * i, n * i + n) for i, p in enumerate(prompts)}
+    side, turn = s.resolution // 8, iter(range(1000))
+
+    def ours():
+        folder = f"ours/images/{next(turn)}"
+        jobs = pd.DataFrame([{"prompt": p, "seed": seed, "image": f"{folder}/{seed}.png"} for p in prompts for seed in seeds[p]])
+        sampler.paint(s, -1, jobs, ledger, "ours", keep_latents=False, unet=unet)
+        return run / folder
+
+    def plain():
+        (run / "plain").mkdir(parents=True, exist_ok=True)
+        for p in prompts:
+            noise, generators = sampler.start_noise(list(seeds[p]), (4, side, side), device)
+            pictures = pipe(p, num_images_per_prompt=n, num_inference_steps=s.sample_steps, guidance_scale=s.cfg_scale,
+                            latents=noise.to(models.dtype_of(s)), generator=generators).images
+            for seed, picture in zip(seeds[p], pictures):
+                picture.save(run / "plain" / f"{seed}.png")
+
+    times, count = alternate(ours, plain, rounds, device), len(prompts) * n
+    folder = ours()
+    read = lambda where: np.stack([np.asarray(Image.open(where / f"{i}.png"), dtype=int) for i in range(count)])
+    mine, theirs = read(folder), read(run / "plain")
+    print(f"sampling  {count} pictures of {len(prompts)} prompts, {s.sampler}, {s.sample_steps} steps, guidance {s.cfg_scale}, "
+          f"batches of {s.sample_batch} and {n}; pictures differ by {np.abs(mine - theirs).max()} of 255 at most, "
+          f"{np.abs(mine - theirs).mean():.2g} on average (spread of the pictures {mine.std():.0f})")
+    work = count * (2 * s.sample_steps * probe.flops(shape, "unet", s.resolution) + probe.flops(shape, "decode", s.resolution))
+    tell("sampling", "images", count, (work, work), times, ceiling)
+
+
+# ---- ranking ----
+
+def ranking(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> None:
+    stage, run, device, n = probe.stage("03"), Path(s.run), models.device_of(s), s.candidates
+    unets, scheduler = [models.load_unet(s, -1), models.load_unet(s, -1)], models.load_schedule(s)
+    groups = [{"key": (1, i), "prompt": PROMPT.format(i), "images": [run / f"iter1/images/{i}_{c}.png" for c in range(n)]}
+              for i in range(4 if s.resolution > 128 else 2)]
+    rng = generator("bench")
+    for g in groups:
+        for image in g["images"]:
+            save_latent({"mean": torch.randn((4, s.resolution // 8, s.resolution // 8), generator=rng)}, image)
+    encoder = models.PromptEncoder(s).prepare([g["prompt"] for g in groups])
+    ledger, found = Ledger(run, "bench", 1, str(device)), {}
+
+    def ours():
+        found["ours"] = torch.stack(list(stage.errors_of(s, unets, groups, ledger, "ours").values()), 1)   # (2, P, N, draws)
+
+    @torch.no_grad()
+    def plain():
+        errors = torch.empty(2, len(groups), n, s.draws)
+        for p, g in enumerate(groups):
+            condition = encoder([g["prompt"]])
+            for c, image in enumerate(g["images"]):
+                x0 = models.stack_latents([image])[0].to(device)
+                for d, (t, noise) in enumerate(zip(*stage.reward_draws(s, g["key"], x0.shape[1:]))):
+                    t, noise = t[None].to(device), noise[None].to(device)
+                    x_t = scheduler.add_noise(x0, noise, t)
+                    for u, unet in enumerate(unets):
+                        error = models.denoising_error(unet, scheduler, x_t, x0, noise, t, condition)
+                        errors[u, p, c, d] = error.item()
+        found["plain"] = errors
+
+    times, count = alternate(ours, plain, rounds, device), len(groups) * n
+    apart = (found["ours"] / found["plain"] - 1).abs().max()
+    print(f"ranking   {count} candidates of {len(groups)} prompts, {s.draws} draws, model and anchor; errors agree to {apart:.1e}")
+    work = 2 * count * s.draws * probe.flops(shape, "unet", s.resolution)
+    tell("ranking", "candidates", count, (work, work), times, ceiling)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("training", "sampling", "ranking"))
+    parser.add_argument("--full", action="store_true", help="SD1.5's own sizes, for a CUDA device")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's default")
+    parser.add_argument("--compile", choices=("off", "on"), default="off", help="of ours in sampling and ranking")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        shape = make_pipeline(Path(folder) / "model", args.full)
+        s = replace(settings_of(Path(folder), args.full), compile=args.compile)
+        device = models.device_of(s)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+        print(f"{date.today()}, {name}, {str(models.dtype_of(s))[6:]}; "
+              + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers"))
+              + f"; {'SD1.5' if args.full else 'a quarter of the widths of SD1.5'}, {s.resolution} px", flush=True)
+        {"training": training, "sampling": sampling, "ranking": ranking}[args.what](
+            s, shape, args.rounds, probe.matmul_rate(device, models.dtype_of(s)))
+
+
+if __name__ == "__main__":
+    main()
