@@ -64,8 +64,7 @@ for noise in (0., .4, 1.):
 for arm in ("SAIL", "seed only", "no mixup"):
     ARMS[f"{arm}, 6 rounds"] = (6, ARMS[arm][1])
 TUNED: dict[str, str] = {}                      # settings of an arm where they differ from the preset's; from --tune
-CONTROLS = ()
-CONTROLS_ = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")     # of the SAIL runs; tuned too
+CONTROLS = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")     # of the SAIL runs; tuned too
 CONTROL_GRID = [f"extrapolated x{g}=extrapolate:Iter0:{g}" for g in (1.5, 2, 3, 4)] + \
                [f"guided {w}=guide:Iter0:{w}" for w in (.5, 1, 2, 3)]
 GRID = ("--beta 2000 --lr 5e-6", "--beta 2000 --lr 1e-5", "--beta 2000 --lr 2e-5")
@@ -119,18 +118,18 @@ def share(source: Path, target: Path, mine, theirs) -> None:
     """Hard links of what two runs of one seed have in common; a stage then finds it made."""
     names = [f.name for f in dataclasses.fields(mine) if not f.metadata["free"]]
     differs = lambda *these: any(getattr(mine, n) != getattr(theirs, n) for n in these)
-    common, ledger = ["embeds", "eval/images/base", "eval/scores/base"], []
+    common, ledger = ["embeds", "eval/*/base-*"], []
     if not differs(*MAKES_SEED):
         common += ["seed", "prompts.parquet", "benchmarks.parquet"]
         ledger += ["01_seed"]
         if not differs(*MAKES_ITER0):
-            common += ["iter0", "eval/images/Iter0", "eval/scores/Iter0"]
+            common += ["iter0", "eval/*/Iter0-*"]
             ledger += ["04_train_dpo 0"]
     if not differs(*names):                                     # the same arm with fewer rounds
-        common += [p.relative_to(source) for k in range(1, 7) for p in source.glob(f"*/*/Iter{k}*")]
-        common += [p.relative_to(source) for p in source.glob("iter[1-9]")]
+        common += ["iter[1-9]", "eval/*/Iter[1-9]-*"]
         ledger += [f"{stage} {k}" for stage in ("02_generate", "03_rank", "04_train_dpo") for k in range(1, 7)]
-    files = [p for top in common for p in [source / top, *(source / top).rglob("*")] if p.is_file()]
+    tops = [top for pattern in common for top in source.glob(pattern)]
+    files = [p for top in tops for p in [top, *top.rglob("*")] if p.is_file()]
     if not differs(*MAKES_CAPTIONS):                            # the first pictures are those of a smaller seed too
         files += [p for name in ("images", "latents") for p in (source / "seed" / name).glob("*")
                   if int(p.name.split("_")[0]) < min(mine.seed_pairs, theirs.seed_pairs)]
@@ -229,7 +228,7 @@ def tune(own, more: list[str]) -> None:
     for i, setting in enumerate(GRID):
         out = own.out / "tune" / str(i)
         jobs = [(arm, TUNE_SEED, [*setting.split(), "--eval-prompts", "dev", "--eval-count", "160", *more],
-                 []) for arm in TUNE_ARMS]
+                 CONTROL_GRID if arm == "SAIL" else []) for arm in TUNE_ARMS]
         run_all(out, jobs, own.workers)
         scores, _ = collect(out, jobs)
         for arm, part in scores.groupby("arm", sort=False):

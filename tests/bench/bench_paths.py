@@ -1,6 +1,6 @@
 """Training, sampling and ranking as the stages do them, beside the plain way; ratios from one run, sides in turn.
 
-    python -m tests.bench.bench_paths training             # SD1.5 with a quarter of its widths at 128 px: a laptop's CPU
+    python -m tests.bench.bench_paths training             # SD1.5 of smaller widths at 128 px: a laptop's CPU
     python -m tests.bench.bench_paths training --full      # SD1.5 as it is at 512 px, bf16 on a CUDA device
     python -m tests.bench.bench_paths sampling | ranking   [--full] [--rounds 5] [--threads 1]
 
@@ -40,22 +40,25 @@ from lib import models, probe, sampler
 from lib.run import Ledger, generator, open_image, save_latent
 from lib.settings import PRESETS, ROOT, Settings, cpu_name
 
-QUARTER = {"sample_size": 16, "block_out_channels": (80, 160, 320, 320), "cross_attention_dim": 192,
-           "attention_head_dim": 2, "norm_num_groups": 16}     # 2 heads for 8: as wide as SD1.5's
 TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}   # CLIP ViT-L
+SMALLER, REAL = 4, .803 / 1.117                  # widths on a CPU are divided by; SD1.5's UNet forward over its VAE encode
 PROMPT = "a lighthouse at dusk, oil painting, number {}"
 
 
 # ---- models and settings ----
 
-def make_pipeline(folder: Path, full: bool) -> probe.Shape:
-    """SD1.5's classes and layout with random weights, saved for the stages to load; a quarter of every width if small."""
+def make_pipeline(folder: Path, divide: int) -> probe.Shape:
+    """SD1.5's classes and layout with random weights, saved for the stages to load; every width divided by `divide`,
+    and the number of heads too, so that a head is as wide as SD1.5's."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**(probe.SD15_UNET if full else QUARTER))
-    vae = AutoencoderKL(**probe.SD_VAE | ({} if full else {"block_out_channels": (32, 64, 128, 128)}),
-                        scaling_factor=.18215)
+    narrow = lambda *widths: tuple(width // divide for width in widths)
+    unet = UNet2DConditionModel(**probe.SD15_UNET | {
+        "block_out_channels": narrow(320, 640, 1280, 1280), "cross_attention_dim": 768 // divide,
+        "attention_head_dim": 8 // divide, "norm_num_groups": 32 // divide})       # attention_head_dim: number of heads
+    vae = AutoencoderKL(**probe.SD_VAE | {"block_out_channels": narrow(*probe.SD_VAE["block_out_channels"])},
+                        norm_num_groups=32 // divide, scaling_factor=.18215)
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "lib/tiny/tokenizer", model_max_length=77)
-    sizes = TEXT if full else {k: v // 4 if k != "num_hidden_layers" else v for k, v in TEXT.items()}
+    sizes = {k: v // divide if k != "num_hidden_layers" else v for k, v in TEXT.items()}
     text = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=77,
                                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
     schedule = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False)
@@ -65,8 +68,8 @@ def make_pipeline(folder: Path, full: bool) -> probe.Shape:
 
 
 def settings_of(folder: Path, full: bool) -> Settings:
-    small = {"resolution": 128, "sample_steps": 5, "sample_batch": 16, "draws": 5, "rank_batch": 40, "batch": 8}
-    own = {"batch": 16, "rank_batch": 80} if full else small
+    small = {"resolution": 128, "sample_steps": 5, "sample_batch": 16, "draws": 5, "rank_batch": 40}
+    own = {} if full else small
     return Settings(**PRESETS["sd15"] | {"model": str(folder / "model"), "run": str(folder / "run"), "flip": 0.} | own)
 
 
@@ -120,7 +123,7 @@ def tell(title: str, unit: str, count: int, flop: tuple[float, float], times: tu
 def training(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> None:
     stage, run, device, dtype = probe.stage("04"), Path(s.run), models.device_of(s), models.dtype_of(s)
     pairs = pd.DataFrame([{"prompt": PROMPT.format(i), "win": f"seed/images/{i}_w.jpg", "lose": f"seed/images/{i}_l.jpg"}
-                          for i in range(s.batch)])
+                          for i in range(s.micro_batch)])
     files = [run / name for name in (*pairs.win, *pairs.lose)]
     (run / "seed/images").mkdir(parents=True)
     for i, file in enumerate(files):
@@ -131,65 +134,61 @@ def training(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> No
     policy, ref = stage.load_policy(s, 0)
     parameters = list(policy.parameters())
     optimizer = stage.make_optimizer(s, parameters)
-    values = models.stack_latents(files[:1])[0].shape[1:]
+    values, b = models.stack_latents(files[:1])[0].shape[1:], s.micro_batch
 
-    def finish():
+    def step():
+        """What both do once in s.batch pairs."""
         torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
         optimizer.step()
-        optimizer.zero_grad()
 
     def ours():
-        """The body of 04_train_dpo.train."""
-        draws = stage.step_draws(s, 0, 0, values)
-        for slots in torch.arange(s.batch).split(s.micro_batch):
-            part = {name: v[:, slots] if name == "posterior" else v[slots] for name, v in draws.items()}
-            errors = stage.pair_errors(s, policy, ref, scheduler, pairs.iloc[slots.tolist()], part, encoder)
-            (stage.dpo_loss(*errors, s.beta)[0].sum() / s.batch).backward()
-        finish()
+        """A micro-batch in 04_train_dpo.train."""
+        draws = stage.step_draws(replace(s, batch=b), 0, 0, values)
+        errors = stage.pair_errors(s, policy, ref, scheduler, pairs, draws, encoder)
+        (stage.dpo_loss(*errors, s.beta)[0].sum() / s.batch).backward()
 
     def plain():
-        """A step of SalesforceAIResearch/DiffusionDPO's train.py and diffusers' train_diffusion_dpo.py."""
-        for slots in torch.arange(s.batch).split(s.micro_batch):
-            b = len(slots)
+        """The same in SalesforceAIResearch/DiffusionDPO's train.py and diffusers' train_diffusion_dpo.py."""
+        with torch.no_grad():
+            latents = vae.encode(pictures.to(device, dtype)).latent_dist.sample() * vae.config.scaling_factor
+            tokens = tokenizer(pairs.prompt.tolist(), padding="max_length", return_tensors="pt").input_ids
+            embeds = text(tokens.to(device)).last_hidden_state.repeat(2, 1, 1)
+        noise = torch.randn_like(latents[:b]).repeat(2, 1, 1, 1)
+        t = torch.randint(1000, (b,), device=device).repeat(2)
+        x_t = scheduler.add_noise(latents, noise, t)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            error = (policy(x_t, t, embeds).sample.float() - noise.float()).square().mean((1, 2, 3))
             with torch.no_grad():
-                latents = vae.encode(pictures[:, slots].flatten(0, 1).to(device, dtype)).latent_dist.sample()
-                latents = latents * vae.config.scaling_factor
-                tokens = tokenizer(pairs.prompt[slots.tolist()].tolist(), padding="max_length", return_tensors="pt")
-                embeds = text(tokens.input_ids.to(device)).last_hidden_state.repeat(2, 1, 1)
-            noise = torch.randn_like(latents[:b]).repeat(2, 1, 1, 1)
-            t = torch.randint(1000, (b,), device=device).repeat(2)
-            x_t = scheduler.add_noise(latents, noise, t)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                error = (policy(x_t, t, embeds).sample.float() - noise.float()).square().mean((1, 2, 3))
-                with torch.no_grad():
-                    ref_error = (ref(x_t, t, embeds).sample.float() - noise.float()).square().mean((1, 2, 3))
-            win, lose = error.chunk(2)
-            ref_win, ref_lose = ref_error.chunk(2)
-            inside = -s.beta / 2 * ((win - lose) - (ref_win - ref_lose))
-            (-torch.nn.functional.logsigmoid(inside).sum() / s.batch).backward()
-        finish()
+                ref_error = (ref(x_t, t, embeds).sample.float() - noise.float()).square().mean((1, 2, 3))
+        win, lose = (error - ref_error).chunk(2)
+        (-torch.nn.functional.logsigmoid(-s.beta / 2 * (win - lose)).sum() / s.batch).backward()
 
-    ours()                                                      # the optimizer's states, then the peak of each
+    ours()
+    step()                                                      # the optimizer's states, then the peak of each
     with Peak() as mine:
         ours()
     vae = models.load_vae(s)
     (tokenizer, text), = encoder._load_encoders()
     text.requires_grad_(False)
     pictures = torch.stack([torch.from_numpy(np.array(open_image(f, run, 0))) for f in files]).movedim(-1, 1) / 127.5 - 1
-    pictures = pictures.unflatten(0, (2, s.batch))
     with Peak() as theirs:
         plain()
     unet, encode = probe.flops(shape, "unet", s.resolution), probe.flops(shape, "encode", s.resolution)
-    noisy, t, condition = probe.inputs(policy, 77, s.resolution // 8, 2 * s.micro_batch, device)
+    given = probe.inputs(policy, 77, s.resolution // 8, 2 * b, device)
     with torch.no_grad():
-        part = pictures.flatten(0, 1)[:2 * s.micro_batch].to(device, dtype)
-        took = [min(probe.seconds_of(work, device) for _ in range(4)) for work in
-                (lambda: models.predict(ref, noisy, t, condition), lambda: vae.encode(part))]
-    print(f"training  UNet forward over VAE encode: arithmetic {unet / encode:.2f}, time {took[0] / took[1]:.2f} (SD1.5's "
-          f"arithmetic: 0.72); {s.batch} pairs a step in micro-batches of {s.micro_batch}")
-    flop = s.batch * probe.forwards_per_pair(s) * unet
-    tell("training", "pairs", s.batch, (flop, flop + 2 * s.batch * encode), alternate(ours, plain, rounds, device), ceiling)
-    print(f"training  peak memory: ours {mine.bytes / 1e9:.2f} GB, plain {theirs.bytes / 1e9:.2f} GB")
+        forward, encoding = [min(probe.seconds_of(work, device) for _ in range(4)) for work in (
+            lambda: models.predict(ref, *given), lambda: vae.encode(pictures.to(device, dtype)))]
+    times = alternate(ours, plain, rounds, device)
+    once = min(probe.seconds_of(step, device) for _ in range(3))
+    print(f"training  {b} pairs at once, {s.batch} a step; {once:.2f} s of each step for clipping and the optimizer; UNet "
+          f"forward over VAE encode: arithmetic {unet / encode:.2f}, time {forward / encoding:.2f} (SD1.5's arithmetic: "
+          f"{REAL:.2f})")
+    times = [[t + once * b / s.batch for t in side] for side in times]
+    flop = b * probe.forwards_per_pair(s) * unet
+    tell("training", "pairs", b, (flop, flop + 2 * b * encode), times, ceiling)
+    a, extra = statistics.median(times[0]), statistics.median(times[1]) - statistics.median(times[0])
+    print(f"training  ratio  {1 + extra / a * forward / encoding / REAL:.2f} were UNet and VAE in time as SD1.5's are in "
+          f"arithmetic; peak memory: ours {mine.bytes / 1e9:.2f} GB, plain {theirs.bytes / 1e9:.2f} GB")
 
 
 # ---- sampling ----
@@ -205,7 +204,8 @@ def sampling(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> No
 
     def ours():
         folder = f"ours/images/{next(turn)}"
-        jobs = pd.DataFrame([{"prompt": p, "seed": seed, "image": f"{folder}/{seed}.png"} for p in prompts for seed in seeds[p]])
+        jobs = pd.DataFrame([{"prompt": p, "seed": seed, "image": f"{folder}/{seed}.png"}
+                             for p in prompts for seed in seeds[p]])
         sampler.paint(s, -1, jobs, ledger, "ours", keep_latents=False, unet=unet)
         return run / folder
 
@@ -222,10 +222,11 @@ def sampling(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> No
     folder = ours()
     read = lambda where: np.stack([np.asarray(Image.open(where / f"{i}.png"), dtype=int) for i in range(count)])
     mine, theirs = read(folder), read(run / "plain")
-    print(f"sampling  {count} pictures of {len(prompts)} prompts, {s.sampler}, {s.sample_steps} steps, guidance {s.cfg_scale}, "
-          f"batches of {s.sample_batch} and {n}; pictures differ by {np.abs(mine - theirs).max()} of 255 at most, "
-          f"{np.abs(mine - theirs).mean():.2g} on average (spread of the pictures {mine.std():.0f})")
-    work = count * (2 * s.sample_steps * probe.flops(shape, "unet", s.resolution) + probe.flops(shape, "decode", s.resolution))
+    print(f"sampling  {count} pictures of {len(prompts)} prompts, {s.sampler}, {s.sample_steps} steps, guidance "
+          f"{s.cfg_scale}, batches of {s.sample_batch} and {n}; pictures differ by {np.abs(mine - theirs).max()} of 255 at "
+          f"most, {np.abs(mine - theirs).mean():.2g} on average (spread of the pictures {mine.std():.0f})")
+    unet, decode = probe.flops(shape, "unet", s.resolution), probe.flops(shape, "decode", s.resolution)
+    work = count * (2 * s.sample_steps * unet + decode)
     tell("sampling", "images", count, (work, work), times, ceiling)
 
 
@@ -244,7 +245,8 @@ def ranking(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> Non
     ledger, found = Ledger(run, "bench", 1, str(device)), {}
 
     def ours():
-        found["ours"] = torch.stack(list(stage.errors_of(s, unets, groups, ledger, "ours").values()), 1)   # (2, P, N, draws)
+        errors = stage.errors_of(s, unets, groups, ledger, "ours")
+        found["ours"] = torch.stack(list(errors.values()), 1)                                    # (2, P, N, draws)
 
     @torch.no_grad()
     def plain():
@@ -263,7 +265,8 @@ def ranking(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> Non
 
     times, count = alternate(ours, plain, rounds, device), len(groups) * n
     apart = (found["ours"] / found["plain"] - 1).abs().max()
-    print(f"ranking   {count} candidates of {len(groups)} prompts, {s.draws} draws, model and anchor; errors agree to {apart:.1e}")
+    print(f"ranking   {count} candidates of {len(groups)} prompts, {s.draws} draws, model and anchor; errors agree to "
+          f"{apart:.1e}")
     work = 2 * count * s.draws * probe.flops(shape, "unet", s.resolution)
     tell("ranking", "candidates", count, (work, work), times, ceiling)
 
@@ -279,13 +282,14 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        shape = make_pipeline(Path(folder) / "model", args.full)
+        divide = 1 if args.full else SMALLER
+        shape = make_pipeline(Path(folder) / "model", divide)
         s = replace(settings_of(Path(folder), args.full), compile=args.compile)
         device = models.device_of(s)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
         print(f"{date.today()}, {name}, {str(models.dtype_of(s))[6:]}; "
               + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers"))
-              + f"; {'SD1.5' if args.full else 'a quarter of the widths of SD1.5'}, {s.resolution} px", flush=True)
+              + f"; SD1.5, widths / {divide}, {s.resolution} px", flush=True)
         {"training": training, "sampling": sampling, "ranking": ranking}[args.what](
             s, shape, args.rounds, probe.matmul_rate(device, models.dtype_of(s)))
 
