@@ -9,6 +9,7 @@ bootstrap intervals over prompts of the mean and of the mean difference. They sa
 would have trained; for that, several runs (`./run_sail.sh study`).
 
     python 05_eval.py --run runs/tiny                                              the run's own models
+    python 05_eval.py --run runs/tiny --only base,Iter0,Iter3                      some of them
     python 05_eval.py --run runs/tiny --row "seed only=runs/tiny-seed-only/iter3/unet"     and others (lib/rows.py)
     python 05_eval.py --preset sd15 --run runs/mine --row mine=me/my-model         any model, without a run
     python 05_eval.py --preset sd15 --run runs/scores --images my/pictures         pictures that exist, without a model
@@ -26,6 +27,8 @@ from lib.settings import Settings, load
 
 OWN = {"--row": {"action": "append", "default": [], "metavar": "NAME=WHERE",
                  "help": "another row: a model, an adapter, a control or existing pictures (lib/rows.py says how)"},
+       "--only": {"default": "", "metavar": "NAMES", "help": "of the run's own models, base included, draw and score these "
+                  "alone, say base,Iter0,Iter3"},
        "--rivals": {"action": "store_true", "default": False, "help": "the public checkpoints of the paper's other rows"},
        "--images": {"default": "", "metavar": "PATH", "help": "score these pictures alone: a table with prompt and image, "
                     "or a folder"}}
@@ -34,15 +37,22 @@ OWN = {"--row": {"action": "append", "default": [], "metavar": "NAME=WHERE",
 def rows_of(s: Settings, own) -> dict[str, int | str]:
     """What the table compares, by name: the number of a model of the run (-1 is the base), or where another lies."""
     if own.images:
+        if own.row or own.only or own.rivals:
+            raise UserError("--images scores pictures alone, beside no model; for a comparison give --row NAME=images:PATH")
         return {"images": f"images:{own.images}"}
-    found: dict[str, int | str] = {"base": -1}
-    found |= {f"Iter{k}": k for k in range(s.iters + 1) if models.unet_folder(s, k).exists()}
+    own_models = {"base": -1} | {f"Iter{k}": k for k in range(s.iters + 1) if models.unet_folder(s, k).exists()}
+    wanted = [name.strip() for name in own.only.split(",")] if own.only else list(own_models)
+    for name in wanted:
+        if name not in own_models:
+            raise UserError(f"--only {own.only}: {name!r} is no model of this run, which has {', '.join(own_models)}; other "
+                            f"models are rows, --row NAME=WHERE")
+    found: dict[str, int | str] = {name: k for name, k in own_models.items() if name in wanted}
     for text in own.row:
         name, _, where = text.partition("=")
         if not name or not where:
             raise UserError(f"--row {text}: give NAME=WHERE, say mine=path/to/unet")
-        if name in found:
-            raise UserError(f"--row {text}: the table has a row {name!r} already; give another name")
+        if name in found | own_models:
+            raise UserError(f"--row {text}: the name {name!r} is taken already; give another")
         found[name] = where
     for name, where in rows.RIVALS.get(s.preset, {}).items() if own.rivals else ():
         try:
