@@ -7,7 +7,6 @@ people preferred on held-out pairs, and how far apart in true utility the best a
 picks (this looks at the oracle, as an evaluation may).
 """
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,9 @@ import pandas as pd
 
 from lib import models, oracle, report
 from lib.figures import interval
+from lib.probe import stage
 from lib.run import Ledger, atomic, read_table, write_json, write_text
-from lib.settings import ROOT, load
+from lib.settings import load
 
 BANK, TRIALS = 60, 40
 
@@ -28,9 +28,7 @@ def errors(run: Path, k: int) -> dict:
     and "utility" (prompts, N) of the candidates."""
     kept = run / "estimators" / f"iter{k}.json"
     if not kept.exists():
-        spec = importlib.util.spec_from_file_location("rank", ROOT / "03_rank.py")
-        rank = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(rank)
+        rank = stage("03")
         s = replace(load(["--run", str(run)], "")[0], draws=BANK, timesteps="stratified", rank_t_min=0, rank_t_max=1000)
         table = read_table(run / f"iter{k}" / "candidates.parquet", ("prompt_id", "prompt", "image"), "study")
         groups = [{"key": (k, int(pid)), "prompt": g.prompt.iloc[0], "images": [run / i for i in g.image]}
@@ -120,7 +118,7 @@ def measure(bank: dict) -> pd.DataFrame:
 
 def answer(out: Path, runs: list[Path], k: int = 1) -> None:
     """judge.md, .csv and .png: the estimators over several runs, and where in t the judge knows something."""
-    banks = [errors(run, k) for run in runs]
+    banks = [errors(run, k) for run in runs]                # made before, or one after the other now
     every = pd.concat([measure(b).assign(run=run.name) for b, run in zip(banks, runs)])
     cell = lambda v: "" if np.isnan(v).any() else "{:.3f} [{:.3f}, {:.3f}]".format(*interval(v[:, None].repeat(2, 1)))
     wide = {c: every.pivot(index="run", columns="estimator", values=c)[list(dict.fromkeys(every.estimator))]

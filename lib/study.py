@@ -16,7 +16,6 @@ development prompts with a run seed used for nothing else. The evaluation prompt
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -30,7 +29,8 @@ import pandas as pd
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib import figures  # noqa: E402
+from lib import estimators, figures  # noqa: E402
+from lib.probe import stage  # noqa: E402
 from lib.run import UserError, read_table, run_stage, write_table, write_text  # noqa: E402
 from lib.settings import ROOT, load  # noqa: E402
 
@@ -67,8 +67,8 @@ TUNED: dict[str, str] = {}                      # settings of an arm where they 
 CONTROLS = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")     # of the SAIL runs; tuned too
 CONTROL_GRID = [f"extrapolated x{g}=extrapolate:Iter0:{g}" for g in (1.5, 2, 3, 4)] + \
                [f"guided {w}=guide:Iter0:{w}" for w in (.5, 1, 2, 3)]
-GRID = ("--beta 2000 --lr 5e-6", "--beta 2000 --lr 1e-5", "--beta 2000 --lr 2e-5")
-TUNE_ARMS = ("SAIL", "seed only", "no mixup", "online DPO", "DiffusionDPO", "MaPO")
+GRID = ("--beta 2000 --lr 1e-5", "--beta 2000 --lr 2e-5", "--beta 4000 --lr 2e-5")
+TUNE_ARMS = ("SAIL", "seed only", "random pair", "no mixup", "online DPO", "DiffusionDPO", "MaPO")
 TUNE_SEED, ALIGNMENT_LOSS = 100, .01            # best utility among the settings that lose no more alignment than this
 QUESTIONS = {                                   # name: (title, arms, run seeds)
     "rivals": ("The rows of the paper's table", ["SAIL", "seed only", "seed only, equal exposure", "DiffusionDPO", "MaPO",
@@ -81,11 +81,19 @@ QUESTIONS = {                                   # name: (title, arms, run seeds)
     "noise": ("Utility against label noise", [f"{a}, noise {n:g}" for a in ("SAIL", "seed only") for n in (0, .4, 1)]
               + ["SAIL", "seed only"], 3),
     "rounds": ("Six rounds", [f"{a}, 6 rounds" for a in ("SAIL", "seed only", "no mixup")], 3),
+    "judge": ("How the reward's draws are best spent (lib/estimators.py)", ["SAIL"], 3),
 }
+# What decides that two runs make the same thing, step by step; a step also needs all before it to be the same.
 MAKES_CAPTIONS = ("seed", "holdout_pairs", "iter_prompts", "iters", "sampler", "sample_steps", "cfg_scale", "model")
 MAKES_SEED = (*MAKES_CAPTIONS, "seed_pairs", "label_noise", "eval_prompts", "eval_count")
 MAKES_ITER0 = ("beta", "lr", "loss", "iter0_steps", "start", "batch", "lora_rank", "flip", "optimizer", "warmup",
                "weight_decay", "prompt_dropout")
+MAKES_REWARDS = ("reward", "draws", "rank_t_min", "rank_t_max", "timesteps", "reward_weights")
+STEPS = (("01_seed", MAKES_SEED, "prompts.parquet", ("seed/*.p*", "seed/images", "seed/latents", "benchmarks.parquet")),
+         ("04_train_dpo 0", MAKES_ITER0, "iter0/unet", ("iter0", "eval/*/Iter0-*")),
+         ("02_generate 1", ("candidates",), "iter1/candidates.parquet", ("iter1/images", "iter1/latents")),
+         ("03_rank 1", (*MAKES_REWARDS, "select", "min_margin"), "iter1/pairs.parquet",
+          ("iter1/rewards.parquet", "iter1/judge.json", "iter1/preview.png")))
 
 
 # ---- running ----
@@ -103,50 +111,41 @@ def settings_of(out: Path, arm: str, seed: int, more: list[str]) -> list[str]:
     return given
 
 
-def stages() -> dict:
-    """The numbered scripts as modules, imported once per process."""
-    if not hasattr(stages, "kept"):
-        stages.kept = {}
-        for path in sorted(ROOT.glob("0?_*.py")):
-            spec = importlib.util.spec_from_file_location(f"stage_{path.stem}", path)
-            stages.kept[path.name[:2]] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(stages.kept[path.name[:2]])
-    return stages.kept
-
-
 def share(source: Path, target: Path, mine, theirs) -> None:
-    """Hard links of what two runs of one seed have in common; a stage then finds it made."""
-    names = [f.name for f in dataclasses.fields(mine) if not f.metadata["free"]]
-    differs = lambda *these: any(getattr(mine, n) != getattr(theirs, n) for n in these)
-    common, ledger = ["embeds", "eval/*/base-*"], []
-    if not differs(*MAKES_SEED):
-        common += ["seed", "prompts.parquet", "benchmarks.parquet"]
-        ledger += ["01_seed"]
-        if not differs(*MAKES_ITER0):
-            common += ["iter0", "eval/*/Iter0-*"]
-            ledger += ["04_train_dpo 0"]
-    if not differs(*names):                                     # the same arm with fewer rounds
-        common += ["iter[1-9]", "eval/*/Iter[1-9]-*"]
-        ledger += [f"{stage} {k}" for stage in ("02_generate", "03_rank", "04_train_dpo") for k in range(1, 7)]
-    tops = [top for pattern in common for top in source.glob(pattern)]
-    files = [p for top in tops for p in [top, *top.rglob("*")] if p.is_file()]
-    if not differs(*MAKES_CAPTIONS):                            # the first pictures are those of a smaller seed too
+    """Hard links of what two runs of one seed have in common, so that a stage finds it made; and what it had cost, so
+    that the ledger is that of a run alone."""
+    same = lambda names: all(getattr(mine, n) == getattr(theirs, n) for n in names)
+    tops, bought, steps = ["embeds", "eval/*/base-*"], [], STEPS if mine.alpha else STEPS[:2]
+    for key, names, marker, others in steps:
+        if not same(names) or not all(any(source.glob(pattern)) for pattern in (marker, *others)):
+            break
+        if not (target / marker).exists():
+            tops, bought = [*tops, *others, marker], [*bought, key]
+    everything = [f.name for f in dataclasses.fields(mine) if not f.metadata["free"]]
+    if same(everything):                                        # the same arm with fewer rounds
+        tops += ["iter[1-9]", "eval/*/Iter[1-9]-*"]
+        bought += [f"{stage} {k}" for stage in ("02_generate", "03_rank", "04_train_dpo") for k in range(1, 7)]
+    if same((*MAKES_SEED, *MAKES_REWARDS)):
+        tops += ["seed/holdout_errors_-1.json"]
+    files = [p for pattern in tops for top in source.glob(pattern) for p in (top, *top.rglob("*")) if p.is_file()]
+    if same(MAKES_CAPTIONS):                                    # the first pictures are those of a smaller seed too
         files += [p for name in ("images", "latents") for p in (source / "seed" / name).glob("*")
                   if int(p.name.split("_")[0]) < min(mine.seed_pairs, theirs.seed_pairs)]
-    for path in files:
+    for path in sorted(files, key=lambda p: p.suffix == ".parquet"):         # what marks a step as done comes last
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists():
             os.link(path, copy)
-    if not (target / "ledger.parquet").exists():                # what the shared parts had cost belongs to the arm too
-        table = pd.read_parquet(source / "ledger.parquet")
-        key = [stage if pd.isna(k) else f"{stage} {k}" for stage, k in zip(table.stage, table.iter)]
-        write_table(table[pd.Series(key).isin(ledger).to_numpy()], target / "ledger.parquet")
+    old = [pd.read_parquet(folder / "ledger.parquet") for folder in (target, source)
+           if (folder / "ledger.parquet").exists()]
+    key = [stage if pd.isna(k) else f"{stage} {k}" for stage, k in zip(old[-1].stage, old[-1].iter)]
+    old[-1] = old[-1][pd.Series(key).isin(set(bought)).to_numpy()]
+    write_table(pd.concat(old, ignore_index=True), target / "ledger.parquet")
 
 
 def run_arm(out: Path, arm: str, seed: int, more: list[str], rows: list[str]) -> str:
     """One run, as run_sail.sh would do it; and its evaluation, with further rows if asked."""
-    rounds, folder, stage = ARMS[arm][0], folder_of(out, arm, seed), stages()
+    rounds, folder = ARMS[arm][0], folder_of(out, arm, seed)
     given = settings_of(out, arm, seed, more)
     stamp = json.dumps([given, rows])
     done = folder / "done.json"
@@ -154,21 +153,23 @@ def run_arm(out: Path, arm: str, seed: int, more: list[str], rows: list[str]) ->
         return f"{folder.name}: there"
     folder.mkdir(parents=True, exist_ok=True)
     s, _ = load(given, "", create=True)
-    tuned_first = folder_of(out.parent / "0", arm, seed)         # of the tuning's first setting
-    for other in (*(folder_of(out, name, seed) for name in (arm.split(",")[0], "SAIL", "DiffusionDPO")), tuned_first):
-        if other != folder and (other / "done.json").exists():
-            share(other, folder, s, load(["--run", str(other)], "")[0])
+    if not (folder / "ledger.parquet").exists():
+        for other in (p.parent for where in (out, out.parent / "0") for p in sorted(where.glob(f"*-{seed}/done.json"))):
+            if other != folder:
+                share(other, folder, s, load(["--run", str(other)], "")[0])
     run = ["--run", str(folder)]
     with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not (folder / "prompts.parquet").exists():
-            stage["01"].main(run)
-        stage["04"].main([*run, "--iter", "0"])
+            stage("01").main(run)
+        stage("04").main([*run, "--iter", "0"])
         for k in range(1, rounds + 1):
             if s.alpha:
-                stage["02"].main([*run, "--iter", str(k)])
-                stage["03"].main([*run, "--iter", str(k)])
-            stage["04"].main([*run, "--iter", str(k)])
-        stage["05"].main([*run, *(part for row in rows for part in ("--row", row))])
+                stage("02").main([*run, "--iter", str(k)])
+                stage("03").main([*run, "--iter", str(k)])
+            stage("04").main([*run, "--iter", str(k)])
+        only = range(rounds + 1) if arm.endswith("rounds") else sorted({0, rounds})
+        stage("05").main([*run, "--only", ",".join(["base", *(f"Iter{k}" for k in only)]),
+                          *(part for row in rows for part in ("--row", row))])
     for k in range(1, rounds + 1) if arm != "SAIL" else ():     # thousands of small files that nobody needs again
         for name in ("images", "latents"):
             shutil.rmtree(folder / f"iter{k}" / name, ignore_errors=True)
@@ -181,15 +182,20 @@ def one_thread(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def make_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that share the processors, each of which imports the stages once."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), one_thread, (threads,))
+
+
 def run_all(out: Path, jobs: list[tuple], workers: int) -> None:
     """Jobs (arm, seed, more, rows): first those that others share things with, last those that go on from another."""
-    context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // workers)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    turn = lambda job: 0 if job[0] in ("SAIL", "DiffusionDPO") else 2 if job[0].endswith("rounds") else 1
-    with ProcessPoolExecutor(workers, context, one_thread, (threads,)) as pool, \
-            tqdm(total=len(jobs), desc="study", unit="run") as bar:
+    turn = lambda job: 3 if job[0].endswith("rounds") else 0 if job[0] in ("SAIL", "DiffusionDPO") else \
+        1 if job[0].startswith("SAIL,") else 2
+    with make_pool(workers) as pool, tqdm(total=len(jobs), desc="study", unit="run") as bar:
         failed = []
-        for part in ([j for j in jobs if turn(j) == n] for n in range(3)):
+        for part in ([j for j in jobs if turn(j) == n] for n in range(4)):
             for future in as_completed([pool.submit(run_arm, out, *job) for job in part]):
                 try:
                     bar.set_postfix_str(future.result())
@@ -261,7 +267,13 @@ def main(argv: list[str]) -> None:
     write_table(facts, own.out / "facts.parquet")
     for name in own.questions:
         title, arms, seeds = QUESTIONS[name]
-        figures.answer(own.out, name, title, arms, range(own.seeds or seeds), scores, facts)
+        if name == "judge":
+            runs = [folder_of(own.out, "SAIL", seed) for seed in range(own.seeds or seeds)]
+            with make_pool(own.workers) as pool:
+                list(pool.map(estimators.errors, runs, [1] * len(runs)))
+            estimators.answer(own.out, runs)
+        else:
+            figures.answer(own.out, name, title, arms, range(own.seeds or seeds), scores, facts)
 
 
 if __name__ == "__main__":
