@@ -16,6 +16,7 @@ would have trained; for that, several runs (`./run_sail.sh study`).
 """
 
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -44,8 +45,8 @@ def rows_of(s: Settings, own) -> dict[str, int | str]:
     wanted = [name.strip() for name in own.only.split(",")] if own.only else list(own_models)
     for name in wanted:
         if name not in own_models:
-            raise UserError(f"--only {own.only}: {name!r} is no model of this run, which has {', '.join(own_models)}; other "
-                            f"models are rows, --row NAME=WHERE")
+            raise UserError(f"--only {own.only}: {name!r} is no model of this run, which has {', '.join(own_models)}; give "
+                            f"other models as --row NAME=WHERE")
     found: dict[str, int | str] = {name: k for name, k in own_models.items() if name in wanted}
     for text in own.row:
         name, _, where = text.partition("=")
@@ -53,10 +54,13 @@ def rows_of(s: Settings, own) -> dict[str, int | str]:
             raise UserError(f"--row {text}: give NAME=WHERE, say mine=path/to/unet")
         if name in found | own_models:
             raise UserError(f"--row {text}: the name {name!r} is taken already; give another")
-        found[name] = where
+        found[name] = os.path.expanduser(where)
+    for where in found.values():
+        if isinstance(where, str):
+            rows.check(s, where)
     for name, where in rows.RIVALS.get(s.preset, {}).items() if own.rivals else ():
         try:
-            rows.names_of(where)
+            rows.check(s, where)
             found.setdefault(name, where)
         except UserError as error:                       # a checkpoint that is gone must not cost a finished run
             print(f"row {name} is left out: {error}")

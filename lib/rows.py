@@ -6,6 +6,9 @@
     guide:Iter0:1.5                prediction Iter0 + 1.5 (Iter0 - base): the same direction, at sampling
     images:PATH                    pictures that exist: a CSV, JSONL or Parquet table with prompt and image, or a folder
                                    that holds one, or a folder of pictures with a .txt caption beside each
+
+A row is a UNet: text encoders, VAE and sampler are the base's. A model that changed its text encoder too is scored as
+it is when given as the base of a folder of its own, `--model owner/name`.
 """
 
 import re
@@ -18,14 +21,15 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from lib import models, pairs
-from lib.run import UserError, atomic, inside, seed_of
+from lib.run import UserError, atomic, inside, open_image, seed_of
 from lib.settings import Settings
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 # The public checkpoints of the paper's other rows. SAIL's authors released none.
 RIVALS = {"sd15": {"DiffusionDPO": "mhdang/dpo-sd1.5-text2image-v1",
                    "DiffusionSPO": "SPO-Diffusion-Models/SPO-SD-v1-5_4k-p_10ep"},
-          "sdxl": {"DiffusionDPO": "mhdang/dpo-sdxl-text2image-v1", "MaPO": "mapo-t2i/mapo-beta"}}
+          "sdxl": {"DiffusionDPO": "mhdang/dpo-sdxl-text2image-v1", "MaPO": "mapo-t2i/mapo-beta",
+                   "DiffusionSPO": "SPO-Diffusion-Models/SPO-SDXL_4k-p_10ep"}}      # this one is not in the paper's table
 FULL_DATA = 800_000                                           # human pairs behind each of them (table 1 of the paper)
 
 
@@ -33,26 +37,42 @@ FULL_DATA = 800_000                                           # human pairs behi
 
 def load_unet(s: Settings, where: str) -> UNet2DConditionModel:
     """The UNet that a folder, a file or a hub id holds, frozen, in dtype_of(s) on the device; an adapter is fused."""
-    names = names_of(where)
-    folders = {"unet/config.json": {"subfolder": "unet"}, "config.json": {}}
-    found = next((options for name, options in folders.items() if name in names), None)
-    adapters = [n for n in names if n.endswith(".safetensors") and "/" not in n]
-    if found is not None:
-        try:
-            unet = UNet2DConditionModel.from_pretrained(where, dtype=models.dtype_of(s), **found)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{where}: not a UNet that diffusers loads ({str(error).splitlines()[0]})") from None
-    elif ADAPTER in adapters or len(adapters) == 1:
-        unet = with_adapter(s, where, ADAPTER if ADAPTER in adapters else adapters[0])
+    options = find(s, where)
+    if "weight_name" in options:
+        unet = with_adapter(s, where, options["weight_name"])
     else:
-        raise UserError(f"{where}: holds no unet/config.json, no config.json and no single .safetensors adapter; give a "
-                        f"diffusers pipeline, a UNet or an adapter")
-    base = models.unet_config(s)
-    for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
-        if unet.config.get(key) != base.get(key):
-            raise UserError(f"{where}: its UNet has {key} {unet.config.get(key)}, that of {s.model} {base.get(key)}; give "
-                            f"a model of the same architecture")
+        try:
+            unet = UNet2DConditionModel.from_pretrained(where, dtype=models.dtype_of(s), **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{where}: diffusers cannot load its UNet ({first_line(error)}); download it again") from None
     return unet.requires_grad_(False).eval().to(models.device_of(s))
+
+
+def find(s: Settings, where: str) -> dict[str, str]:
+    """What diffusers needs beside `where` to load its UNet, which is of the base's architecture: a subfolder, perhaps a
+    variant, or nothing. Or the weight_name of an adapter."""
+    names = names_of(where)
+    folder = next((folder for folder in ("unet/", "") if f"{folder}config.json" in names), None)
+    if folder is None:
+        adapters = [n for n in names if n.endswith(".safetensors") and "/" not in n]
+        if ADAPTER not in adapters and len(adapters) != 1:
+            raise UserError(f"{where}: holds no unet/config.json, no config.json and no single .safetensors adapter; give "
+                            f"a diffusers pipeline, a UNet or an adapter")
+        return {"weight_name": ADAPTER if ADAPTER in adapters else adapters[0]}
+    options = {"subfolder": "unet"} if folder else {}
+    weights = [n for n in names if n.startswith(f"{folder}diffusion_pytorch_model.")]
+    if weights and all(".fp16." in n for n in weights):
+        options["variant"] = "fp16"
+    try:
+        config = UNet2DConditionModel.load_config(where, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: its {folder}config.json is not readable ({first_line(error)}); restore it") from None
+    base = {"_class_name": "UNet2DConditionModel"} | models.unet_config(s)
+    for key in ("_class_name", "in_channels", "cross_attention_dim", "addition_embed_type"):
+        if config.get(key) != base.get(key):
+            raise UserError(f"{where}: its {folder}config.json has {key} {config.get(key)}, that of {s.model} "
+                            f"{base.get(key)}; give a model of the same architecture")
+    return options
 
 
 def names_of(where: str) -> list[str]:
@@ -62,35 +82,58 @@ def names_of(where: str) -> list[str]:
         return [path.name]
     if path.is_dir():
         return [p.relative_to(path).as_posix() for p in (*path.glob("*"), *path.glob("*/*"))]
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or path.parent.is_dir():
         raise UserError(f"{where}: no such file or folder, nor a hub id (owner/name)")
-    from huggingface_hub import list_repo_files, try_to_load_from_cache
+    from huggingface_hub import list_repo_files
     try:
         return list_repo_files(where)
     except Exception as error:                                # each network library raises its own kinds
-        wanted = ("unet/config.json", "config.json", ADAPTER)
-        if known := [n for n in wanted if isinstance(try_to_load_from_cache(where, n), str)]:
+        if known := list(cached(where)):
             return known
         raise UserError(f"{where}: no such file or folder, and the hub did not give it ({type(error).__name__}); give a "
                         f"local copy") from None
 
 
-def with_adapter(s: Settings, where: str, name: str) -> UNet2DConditionModel:
-    """The base's UNet with an adapter, in any format that diffusers reads, added to its weights in float32."""
+def cached(where: str) -> dict[str, str]:
+    """Of the files that tell what a hub model is, those in this machine's cache, with their paths."""
+    from huggingface_hub import try_to_load_from_cache
+    paths = {n: try_to_load_from_cache(where, n) for n in ("unet/config.json", "config.json", ADAPTER, "model_index.json")}
+    return {n: path for n, path in paths.items() if isinstance(path, str)}
+
+
+def adapter_state(s: Settings, where: str, name: str) -> tuple[dict, dict | None]:
+    """The weights of an adapter, in any format that diffusers reads, under diffusers' names, and the scales it has."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    unet, path = models.load_unet(s, -1, trained=True), Path(where)
     pipeline = StableDiffusionXLPipeline if models.is_sdxl(s.model) else StableDiffusionPipeline
+    source = Path(where).parent if Path(where).is_file() else where
     try:
-        source, options = (path.parent, {"weight_name": path.name}) if path.is_file() else (where, {"weight_name": name})
-        state, alphas = pipeline.lora_state_dict(source, unet_config=unet.config, **options)[:2]
-        if not any(key.startswith("unet.") for key in state):
-            raise ValueError("it has no weights for a UNet")
+        state, alphas = pipeline.lora_state_dict(source, weight_name=name, use_safetensors=True,
+                                                 unet_config=SimpleNamespace(**models.unet_config(s)))[:2]
+    except Exception as error:                                # each format's reader raises its own kinds
+        raise UserError(f"{where}: {name} is no adapter that diffusers reads ({first_line(error)})") from None
+    if not any(key.startswith("unet.") for key in state):
+        raise UserError(f"{where}: {name} has no weights for a UNet; give an adapter of the UNet of {s.model}")
+    if other := next((key for key in state if not key.startswith("unet.")), None):
+        raise UserError(f"{where}: {name} changes more than the UNet ({other}); merge it into a pipeline, and give that as "
+                        f"--model of a folder of its own")
+    return state, alphas
+
+
+def with_adapter(s: Settings, where: str, name: str) -> UNet2DConditionModel:
+    """The base's UNet with an adapter added to its weights in float32."""
+    (state, alphas), unet = adapter_state(s, where, name), models.load_unet(s, -1, trained=True)
+    try:
         unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: not an adapter for {s.model} ({str(error).splitlines()[0]})") from None
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: {name} does not fit the UNet of {s.model} ({first_line(error)}); give an adapter of "
+                        f"this model") from None
     unet.fuse_lora()
     unet.unload_lora()
     return unet.to(models.dtype_of(s))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def extrapolated(s: Settings, k: int, gamma: float) -> UNet2DConditionModel:
@@ -123,7 +166,24 @@ def load_row(s: Settings, where: int | str):
         if kind == "extrapolate":
             return extrapolated(s, k, amount)
         return Guided(models.load_unet(s, k), models.load_unet(s, -1), amount)
-    return load_unet(s, where)
+    unet = load_unet(s, where)
+    if models.device_of(s).type == "cuda":
+        unet = unet.to(memory_format=torch.channels_last)     # as the run's own models, here and in the next line
+    if s.compile == "on":
+        unet.compile()
+    return unet
+
+
+def check(s: Settings, where: str) -> None:
+    """Refuse at once a row that could only fail when others are drawn already."""
+    if where.startswith("images:"):
+        read_images(where.removeprefix("images:"))
+    elif control := parse_control(where):
+        folder = models.unet_folder(s, control[1])
+        if not folder.exists():
+            raise UserError(f"--row {where}: {folder} does not exist; train it first (04_train_dpo.py --iter {control[1]})")
+    elif name := find(s, where).get("weight_name"):
+        adapter_state(s, where, name)
 
 
 def parse_control(where: str) -> tuple[str, int, float] | None:
@@ -146,18 +206,18 @@ def identity(s: Settings, where: int | str) -> str:
     files = [path] if path.is_file() else sorted(p for p in (*path.glob("*"), *path.glob("*/*")) if p.is_file())
     if files:
         return " ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
+    from huggingface_hub import model_info
     try:
-        from huggingface_hub import model_info
         return f"{where}@{model_info(where).sha}"
-    except Exception:                                         # offline: the hub id has to do
-        return where
+    except Exception:                                         # offline, the cache's commit is the one that will be loaded
+        return f"{where}@{next((Path(p).parts[-n.count('/') - 2] for n, p in cached(where).items()), '')}"
 
 
 # ---- pictures that exist ----
 
 def read_images(where: str) -> pd.DataFrame:
     """(prompt, style, image: absolute path) of a table of pictures or a folder of them."""
-    path = Path(where)
+    path = Path(where).expanduser()
     if path.is_dir():
         tables = [p for name in ("metadata", "images", "scores") for p in sorted(path.glob(f"{name}.*"))
                   if p.suffix in (".csv", ".jsonl", ".json", ".parquet")]
@@ -203,12 +263,13 @@ def image_jobs(run: Path, name: str, where: str, prompts: pd.DataFrame | None) -
                             f"pictures alone, give --images {where}")
     else:
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(table.prompt))}
-    stats = [p.stat() for p in table.image]
-    folder = Path("eval/images") / folder_name(name, str([(x.st_size, x.st_mtime_ns) for x in stats]))
+    stats = [(prompt, p.name, p.stat().st_size, p.stat().st_mtime_ns) for prompt, p in zip(table.prompt, table.image)]
+    folder = Path("eval/images") / folder_name(name, str(stats))
     jobs = []
     for n, row in zip(table.groupby("prompt").cumcount(), table.itertuples()):
         image = folder / f"{number[row.prompt]:06d}_{n}{row.image.suffix.lower()}"
         if not (run / image).exists():
+            open_image(row.image, Path(where), row.Index)     # a broken one is told by its own name and row
             with atomic(run / image) as temporary:
                 shutil.copyfile(row.image, temporary)
         jobs.append({"prompt_id": number[row.prompt], "prompt": row.prompt, "style": row.style, "seed": n,
