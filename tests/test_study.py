@@ -1,0 +1,71 @@
+"""The study: an arm that shares what others made equals one that was run alone, in its results and in its ledger."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lib import figures, study
+
+MINI = ["--seed-pairs", "8", "--holdout-pairs", "4", "--iter-prompts", "2", "--candidates", "3", "--draws", "2", "--sample-steps",
+        "2", "--iter0-steps", "2", "--iter-steps", "2", "--batch", "4", "--micro-batch", "4", "--eval-count", "4", "--lr", "1e-4"]
+ARMS = ["SAIL", "random pair", "no mixup", "seed only"]
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "a"
+    jobs = [(arm, 0, MINI, ["further=extrapolate:Iter0:2"] if arm == "SAIL" else []) for arm in ARMS]
+    for job in jobs:
+        study.run_arm(out, *job)
+    return out, jobs
+
+
+@pytest.mark.parametrize("arm", ["random pair", "no mixup"])
+def test_sharing_changes_nothing(studied, tmp_path, arm):
+    shared, alone = study.folder_of(studied[0], arm, 0), study.folder_of(tmp_path, arm, 0)
+    study.run_arm(tmp_path, arm, 0, MINI, [])
+    sail = study.folder_of(studied[0], "SAIL", 0)
+    inode = lambda folder, name: (folder / name).stat().st_ino
+    for name in ("seed/pairs.parquet", "iter0/unet/diffusion_pytorch_model.safetensors", "iter1/candidates.parquet"):
+        assert inode(shared, name) == inode(sail, name)
+    assert (inode(shared, "iter1/pairs.parquet") == inode(sail, "iter1/pairs.parquet")) == (arm == "no mixup")
+    for k in range(4):
+        a, b = (load_file(f / f"iter{k}/unet/diffusion_pytorch_model.safetensors") for f in (shared, alone))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    counts = ["stage", "iter", "images", "unet_forwards", "optimizer_steps"]
+    a, b = (pd.read_parquet(f / "ledger.parquet")[counts].query("stage not in ['05_eval', '03_rank']") for f in (shared, alone))
+    sort = lambda table: table.sort_values(["stage", "iter"]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(sort(a), sort(b))
+
+
+def test_a_finished_arm_is_left_alone_and_settings_are_not_confused(studied):
+    out, jobs = studied
+    weights = study.folder_of(out, "SAIL", 0) / "iter3/unet/diffusion_pytorch_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert study.run_arm(out, *jobs[0]).endswith("there") and weights.stat().st_mtime_ns == before
+    with pytest.raises(study.UserError, match="lr"):
+        study.run_arm(out, "SAIL", 0, [*MINI, "--lr", "5e-5"], [])
+
+
+def test_tables_and_figures_say_what_the_runs_did(studied):
+    out, jobs = studied
+    scores, facts = study.collect(out, jobs)
+    table = figures.table_of(scores, facts, ARMS, range(1)).set_index("row")
+    assert list(table.index) == ["base", "Iter0", "SAIL", "further", *ARMS[1:]]
+    kept = pd.read_parquet(study.folder_of(out, "no mixup", 0) / "eval/scores.parquet").groupby("model").utility.mean()
+    assert table.loc["no mixup", "over base"] == pytest.approx(kept["Iter3"] - kept["base"])
+    assert table.loc["seed only", "UNet forwards"] < table.loc["SAIL", "UNet forwards"]
+    figures.answer(out, "pairs", "title", ARMS, range(1), scores, facts)
+    assert "no mixup" in (out / "pairs.md").read_text() and (out / "pairs.png").stat().st_size > 1000
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    """Means of a population of run seeds and of prompts, 5 seeds and 60 prompts at a time."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        values = 1 + .5 * rng.normal(size=(5, 1)) + .3 * rng.normal(size=(1, 60)) + rng.normal(size=(5, 60))
+        _, low, high = figures.interval(values)
+        covered += low <= 1 <= high
+    assert .92 < covered / 400 < .995
