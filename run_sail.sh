@@ -25,7 +25,9 @@ find "$run" -name '.*.tmp' -type f -delete                      # what a kill le
 echo "run folder: $run"
 
 # Each stage runs unless what it makes last is there; it resumes within itself.
-stage() { [ -e "$run/$1" ] || ${SAIL_LAUNCH:-"$python"} "$root/$2" "${@:3}" --run "$run"; }
+[ "$python" = python ] || PATH="${python%/*}:$PATH"              # for SAIL_LAUNCH="accelerate launch --num_processes 8"
+launch() { ${SAIL_LAUNCH:-"$python"} "$root/$1" "${@:2}" --run "$run"; }
+stage() { [ -e "$run/$1" ] || launch "${@:2}"; }
 stage prompts.parquet 01_seed.py                                # human pairs and prompts
 stage iter0/unet 04_train_dpo.py --iter 0                       # Iter0: Diffusion-DPO on the seed
 for ((k = 1; k <= iters; k++)); do
@@ -35,4 +37,4 @@ for ((k = 1; k <= iters; k++)); do
     fi
     stage "iter$k/unet" 04_train_dpo.py --iter "$k"             # model k, from the mix of human and own pairs
 done
-"$python" "$root/05_eval.py" --run "$run"                       # scores, table, curves, page
+launch 05_eval.py                                               # scores, table, curves, page
