@@ -89,15 +89,17 @@ def errors_of(s: Settings, unets: list, groups: list[dict], ledger: Ledger, titl
         latents, _ = models.stack_latents([image for g in batch for image in g["images"]])       # (n_total, C, h, w)
         sizes = [len(g["images"]) for g in batch]
         draws = [reward_draws(s, g["key"], latents.shape[1:]) for g in batch]
-        x0 = latents.repeat_interleave(s.draws, 0).to(device)                                    # image-major, draw-minor
+        x0 = latents.to(device).repeat_interleave(s.draws, 0)                                    # image-major, draw-minor
         t = torch.cat([d[0].repeat(n) for d, n in zip(draws, sizes)]).to(device)
-        noise = torch.cat([d[1].repeat(n, 1, 1, 1) for d, n in zip(draws, sizes)]).to(device)
+        noise = torch.cat([d[1].to(device).repeat(n, 1, 1, 1) for d, n in zip(draws, sizes)])
         x_t = scheduler.add_noise(x0, noise, t)
-        condition = encoder([g["prompt"] for g, n in zip(batch, sizes) for _ in range(n * s.draws)])
+        forwards = torch.tensor(sizes, device=device) * s.draws
+        condition = {name: v.repeat_interleave(forwards, 0, output_size=len(x0))
+                     for name, v in encoder([g["prompt"] for g in batch]).items()}
         errors = torch.stack([models.denoising_error(u, scheduler, x_t, x0, noise, t, condition) for u in unets])
-        errors = errors.reshape(len(unets), -1, s.draws).cpu().split(sizes, 1)
-        found += [(json.dumps(g["key"]), e.numpy()) for g, e in zip(batch, errors)]
+        found += zip(batch, errors.reshape(len(unets), -1, s.draws).split(sizes, 1))
         ledger.unet_forwards += len(unets) * len(x_t)
+    found = [(json.dumps(g["key"]), e.cpu().numpy()) for g, e in found]      # read once: no batch waits for the device
     return {key: torch.from_numpy(e) for key, e in gather_object(found)}
 
 
@@ -202,7 +204,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{path}: no pair has a margin of {s.min_margin} standard errors; lower --min-margin")
         judge = agreement(held) | {
             "model": k - 1, "reward": s.reward, "anchor": "Iter0" if anchor_of(s, k) == 0 else "base", "draws": s.draws,
-            "beta": s.beta, "select": s.select, "diversity": diversity(run, candidates), "margin": float(pairs.margin.mean()), "self_pairs": len(pairs)}
+            "beta": s.beta, "select": s.select, "diversity": diversity(run, candidates),
+            "margin": float(pairs.margin.mean()), "self_pairs": len(pairs)}
         if PartialState().is_main_process:
             spread = draws.std(2) if draws.shape[2] > 1 else torch.full(draws.shape[:2], float("nan"))
             scored = pd.concat([g for _, g in by_prompt], ignore_index=True).assign(
@@ -212,8 +215,9 @@ def main(argv: list[str]) -> None:
             report.pair_sheet(run, pairs.head(24), folder / "preview.png", ("winner", "loser"))
             write_table(pairs, folder / "pairs.parquet")
     judge_name = f"model {k - 1}" if s.reward == "implicit" else s.reward
-    print(f"03 rank, iter {k}: {len(pairs)} {s.select} pairs ranked by {judge_name}, which agrees with people on "
-          f"{judge['accuracy'] or float('nan'):.0%} of {judge['pairs']} held-out pairs; see {folder}/preview.png")
+    agrees = f"agrees with people on {judge['accuracy']:.0%} of {judge['pairs']}" if judge["pairs"] else "has seen no"
+    PartialState().print(f"03 rank, iter {k}: {len(pairs)} {s.select} pairs ranked by {judge_name}, which {agrees} held-out "
+                         f"pairs; see {folder}/preview.png")
 
 
 if __name__ == "__main__":

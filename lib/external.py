@@ -6,10 +6,12 @@ Nothing of SAIL itself comes in here: stage 03 imports this room only when --rew
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from lib import models, report
-from lib.run import UserError, open_image
+from lib.run import open_image
 from lib.settings import Settings
 
 BATCH = 64
@@ -18,14 +20,17 @@ BATCH = 64
 def score(s: Settings, prompts: list[str], images: list[Path]) -> torch.Tensor:
     """(n,) scores of images under their prompts: the embedded world's utility (`world`) or aesthetics
     (`world-aesthetics`), or one of lib.scorers."""
-    starts = tqdm(range(0, len(images), BATCH), desc=f"{s.reward} ranks", unit="batch")
+    state = PartialState()
     if s.reward.startswith("world"):
         from lib import oracle
         name = {"world": "utility", "world-aesthetics": "aesthetics"}[s.reward]
-        parts = [oracle.score(prompts[i:i + BATCH], report.read_pictures("", images[i:i + BATCH]))[name] for i in starts]
-        return torch.cat(parts)
-    from lib import scorers
-    weights = dict(part.split("=", 1) for part in s.score_weights.split(",") if "=" in part)
-    scorer = scorers.load_scorer(s.reward, weights.get(s.reward, ""), str(models.device_of(s)), models.dtype_of(s))
-    return torch.tensor([value for i in starts for value in scorer(
-        prompts[i:i + BATCH], [open_image(image, s.run, i) for image in images[i:i + BATCH]])])
+        scorer = lambda part: oracle.score(prompts[part], report.read_pictures("", images[part]))[name].tolist()
+    else:
+        from lib import scorers
+        weights = dict(part.split("=", 1) for part in s.score_weights.split(",") if "=" in part)
+        score = scorers.load_scorer(s.reward, weights.get(s.reward, ""), str(models.device_of(s)), models.dtype_of(s))
+        scorer = lambda part: score(prompts[part], [open_image(image, s.run, image.name) for image in images[part]])
+    starts = range(0, len(images), BATCH)[state.process_index::state.num_processes]           # processes take turns
+    found = [(i, scorer(slice(i, i + BATCH))) for i in tqdm(starts, desc=f"{s.reward} ranks", unit="batch",
+                                                            disable=not state.is_local_main_process)]
+    return torch.tensor([value for _, part in sorted(gather_object(found)) for value in part])
