@@ -61,11 +61,15 @@ def _load(loader, name: str, **options):
 
 
 @functools.cache
+def pipeline_config(model: str) -> dict:
+    """model_index.json: the pipeline's parts and options."""
+    from diffusers import DiffusionPipeline
+    return _load(DiffusionPipeline.load_config, model)
+
+
 def is_sdxl(model: str) -> bool:
     """Whether the pipeline has a second text encoder."""
-    from diffusers import DiffusionPipeline
-    index = _load(DiffusionPipeline.load_config, model)
-    return "text_encoder_2" in index
+    return "text_encoder_2" in pipeline_config(model)
 
 
 def unet_folder(s: Settings, k: int) -> Path | None:
@@ -96,8 +100,10 @@ def unet_config(s: Settings) -> dict:
 
 
 def load_sampler(s: Settings):
-    """The sampler of the setting's kind, on the noise schedule that the model was trained on."""
-    return _load(SAMPLERS[s.sampler].from_pretrained, s.model, subfolder="scheduler")
+    """The sampler of the setting's kind, on the noise schedule that the model was trained on. Latents are not pictures
+    in -1..1, and clipping them is the default of a sampler whose kind the model's own config does not share."""
+    options = {} if s.sampler == "dpmsolver" else {"clip_sample": False}
+    return _load(SAMPLERS[s.sampler].from_pretrained, s.model, subfolder="scheduler", **options)
 
 
 def load_schedule(s: Settings) -> DDPMScheduler:
@@ -226,6 +232,12 @@ class PromptEncoder:
         """Conditioning of a batch on the device: embeds (B, T, D), and for SDXL pooled (B, P)."""
         rows = [self.read(p) for p in prompts]
         return {k: torch.stack([r[k] for r in rows]).to(device_of(self.s), non_blocking=True) for k in rows[0]}
+
+    def unconditional(self) -> dict[str, torch.Tensor]:
+        """What guidance leads away from, (1, ...): the empty prompt, or the zeros that SDXL's pipeline has for it."""
+        empty, config = self([""]), pipeline_config(self.s.model)
+        zeros = is_sdxl(self.s.model) and config.get("force_zeros_for_empty_prompt", True)
+        return {k: torch.zeros_like(v) for k, v in empty.items()} if zeros else empty
 
 
 def repeat(condition: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:

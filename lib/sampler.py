@@ -41,7 +41,7 @@ def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str, k
     scheduler, vae = models.load_sampler(s), models.load_vae(s)
     side = s.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     device, shape = models.device_of(s), (unet.config.in_channels, side, side)
-    empty = encoder([""])
+    empty = encoder.unconditional()
     with ThreadPoolExecutor(4) as writers, tqdm(total=sum(map(len, batches)), desc=title, unit="image",
                                                 disable=not state.is_local_main_process) as bar:
         pending = []
