@@ -36,7 +36,8 @@ from lib import lora, models
 from lib.run import Ledger, UserError, atomic, generator, open_image, read_pairs, run_stage, seed_of, write_table
 from lib.settings import ITER, Settings, load
 
-STRAY = 3.           # stop when the policy's error is this many times the reference's: it has diverged
+STRAY = 3.           # stop when the policy's error on winners is this many times the reference's (without a reference:
+                     # 1, the error of a model that predicts zero): it has diverged
 MAPO_BETA, MAPO_S, MAPO_T = .1, .5, 1000.                    # as MaPO's authors train (Hong et al. 2024)
 
 
@@ -115,7 +116,7 @@ def pair_errors(s, policy, ref, scheduler, pairs: pd.DataFrame, draws: dict, enc
 def load_policy(s: Settings, k: int) -> tuple:
     """The UNet to train, and the reference, both model K-1; with LoRA the reference is the policy's own adapter off."""
     if s.lora_rank:
-        policy, ref = models.load_unet(s, lora_base(s, k)).train(), None
+        policy, ref = models.load_unet(replace(s, compile="off"), lora_base(s, k)).train(), None
         lora.add_adapters(policy, s.lora_rank, Path(s.run) / f"iter{k - 1}" / "lora", seed_of(s.seed, "lora", k))
     else:
         policy = models.load_unet(s, k - 1, trained=True)
@@ -155,10 +156,10 @@ def training_pairs(s: Settings, k: int) -> tuple[pd.DataFrame, int]:
     if k and s.alpha > 0:
         pairs.append(read_pairs(s.run, f"iter{k}/pairs.parquet", f"03_rank.py --iter {k}"))
     table = pd.concat(pairs, ignore_index=True)
-    files = [Path(s.run) / i for i in (*table.win, *table.lose)]
+    files, names = [Path(s.run) / i for i in (*table.win, *table.lose)], ["seed/pairs.parquet", f"iter{k}/pairs.parquet"]
+    where = [(Path(s.run) / name, row) for name, part in zip(names, pairs) for row in range(len(part))] * 2
     for mirrored in [False, True] if s.flip else [False]:
-        models.ensure_latents(files, s, lambda i: open_image(files[i], Path(s.run) / "seed/pairs.parquet", i % len(table)),
-                              mirrored)
+        models.ensure_latents(files, s, lambda i: open_image(files[i], *where[i]), mirrored)
     return table, len(pairs[0])
 
 
@@ -218,15 +219,16 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
             with atomic(checkpoint) as temporary:
                 torch.save({"unet": trained, "optimizer": optimizer.state_dict(), "step": step + 1,
                             "log": log}, temporary)
-    return policy, pd.DataFrame(log).drop(columns="ref_error")
+    return policy, pd.DataFrame(log)
 
 
 def log_row(parts: torch.Tensor, step: int, lr: float, grad_norm: torch.Tensor, seconds: float) -> dict:
     """One line of the log from (6, B): four errors, loss, margin. Gains are reference minus policy error."""
     win, lose, ref_win, ref_lose, loss, margin = parts
     values = torch.stack([loss.mean(), (ref_win - win).mean(), (ref_lose - lose).mean(), margin.mean(),
-                          (margin > 0).float().mean() + .5 * (margin == 0).float().mean(), grad_norm, ref_win.mean()])
-    names = ("loss", "win_error_gain", "lose_error_gain", "margin", "accuracy", "grad_norm", "ref_error")
+                          (margin > 0).float().mean() + .5 * (margin == 0).float().mean(), grad_norm, win.mean(),
+                          ref_win.mean()])
+    names = ("loss", "win_error_gain", "lose_error_gain", "margin", "accuracy", "grad_norm", "win_error", "ref_error")
     return {"step": step, **dict(zip(names, values.tolist())), "lr": lr, "seconds": seconds}
 
 
@@ -234,10 +236,11 @@ def watch(row: dict, k: int, s: Settings) -> None:
     """Stop a run that can only get worse; the last checkpoint stays."""
     if not torch.tensor([row["loss"], row["grad_norm"]]).isfinite().all():
         raise UserError(f"iter{k}, step {row['step']}: the loss is not finite ({row['loss']}); lower --lr (now {s.lr}) "
-                        f"or use --dtype float32; nothing after the last checkpoint was kept")
-    if -row["win_error_gain"] > (STRAY - 1) * row["ref_error"]:
-        raise UserError(f"iter{k}, step {row['step']}: the policy's error on winners is over {STRAY:g} times the "
-                        f"reference's, it has diverged; lower --lr (now {s.lr}) or raise --beta (now {s.beta})")
+                        f"or use --dtype float32, in another --run; nothing after the last checkpoint was kept")
+    if row["win_error"] > STRAY * (row["ref_error"] if s.loss == "dpo" else 1):
+        raise UserError(f"iter{k}, step {row['step']}: the policy's error on winners ({row['win_error']:.3g}) is over "
+                        f"{STRAY:g} times the reference's, it has diverged; lower --lr (now {s.lr}) or raise --beta (now "
+                        f"{s.beta}), in another --run; nothing after the last checkpoint was kept")
 
 
 def summary_line(k: int, log: pd.DataFrame, judge: Path) -> str:
@@ -269,7 +272,7 @@ def main(argv: list[str]) -> None:
                        "seconds"]
             write_table(log[columns], folder / "train_log.parquet")
             save_model(s, k, policy)
-    print(summary_line(k, log, folder / "judge.json"))
+    PartialState().print(summary_line(k, log, folder / "judge.json"))
 
 
 if __name__ == "__main__":
