@@ -164,7 +164,8 @@ def main(argv: list[str]) -> None:
     print("\n".join(["measured here:", *(f"  {note}" for note in probe.notes), memory(s, probe)]))
     if s.alpha > 0 and s.min_margin:
         print("self-made pairs: at most; --min-margin drops some")
-    print(f"while a model trains its checkpoint takes up to {24 * probe.parameters / 1e9:.1f} GB more disk\n"
+    kept = 0 if s.lora_rank else 4 if s.optimizer == "adafactor" else 12           # bytes of a weight; the old one stays
+    print(f"while a model trains its checkpoint takes up to {2 * kept * probe.parameters / 1e9:.1f} GB more disk\n"
           "not in the hours: scores of stage 05, prompt embeddings, downloads, files, starting Python")
 
 

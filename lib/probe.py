@@ -57,9 +57,22 @@ class Shape:
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
 
+def ask(name: str) -> None:
+    """OSError at once if a model is neither a folder, nor in the hub's cache, nor on the hub; loading a file of it would
+    try again for half a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    if Path(models.local_or_hub(name)).is_dir() or isinstance(try_to_load_from_cache(name, "unet/config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:                                  # each network library raises its own kinds
+        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
 def shape_of(s: Settings) -> Shape:
     """From the model's config files (a few kB) or, where they cannot be had, the preset's own architecture."""
     try:
+        ask(s.model)
         unet = UNet2DConditionModel.load_config(models.local_or_hub(s.model), subfolder="unet")
         where = {} if s.vae else {"subfolder": "vae"}
         vae = AutoencoderKL.load_config(models.local_or_hub(s.vae or s.model), **where)
@@ -167,8 +180,12 @@ class Probe:
             unet = fill(unet, self.dtype, self.device)
             if s.compile == "on":
                 unet.compile()
-            self.forward(unet, "sample", s.sample_batch * (2 if s.cfg_scale != 1 else 1))
-            self.forward(unet, "rank", max(1, s.rank_batch // group) * group)
+            sampled, ranked = s.sample_batch * (2 if s.cfg_scale != 1 else 1), max(1, s.rank_batch // group) * group
+            self.forward(unet, "sample", sampled)
+            if self.size("unet", ranked) == self.size("unet", sampled):          # the same call
+                self.seconds["rank"] = self.seconds["sample"]
+            else:
+                self.forward(unet, "rank", ranked)
         self.seconds |= {"pair": forwards_per_pair(s) * self.seconds["rank"], "step": 0.}
         need = 1.2 * self.parameters * (4 if s.lora_rank else 8 if self.device.type == "cpu" else 16)
         if unet is None or need > free_memory(self.device):
