@@ -17,6 +17,7 @@ would have trained; for that, several runs (`./run_sail.sh study`).
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ from accelerate import PartialState
 
 from lib import benchmarks, models, page, paper, report, rows, scoring
 from lib.run import Ledger, UserError, read_prompts, read_table, run_stage, seed_of, write_table, write_text
-from lib.settings import Settings, load
+from lib.settings import Settings, environment, load
 
 OWN = {"--row": {"action": "append", "default": [], "metavar": "NAME=WHERE",
                  "help": "another row: a model, an adapter, a control or existing pictures (lib/rows.py says how)"},
@@ -107,52 +108,64 @@ def collect(results: dict[str, pd.DataFrame], prompts: pd.DataFrame | None, titl
     return table[report.KEYS + [c for c in table.columns if c not in report.KEYS]]
 
 
-def facts_of(s: Settings, found: dict[str, int | str]) -> dict[str, dict]:
-    """Human pairs behind each model, and for the run's own the minutes it took to make it."""
-    cost = report.cost(s.run)
+def facts_of(s: Settings, found: dict[str, int | str]) -> dict[str, dict[str, str]]:
+    """Human pairs behind each model, and for the run's own the minutes that the ledger has for making it."""
+    cost, facts = report.cost(s.run), {}
     spent = lambda k: cost[(cost.stage != "05_eval") & (cost.iter.fillna(0) <= k)].seconds.sum() / 60
-    rivals = rows.RIVALS.get(s.preset, {})
-    facts = {name: {"human pairs": str(s.seed_pairs if k >= 0 else 0), "minutes": f"{spent(k):.1f}" if k >= 0 else ""}
-             for name, k in found.items() if isinstance(k, int)}
-    return facts | {name: {"human pairs": f"{rows.FULL_DATA}"} for name, w in found.items() if rivals.get(name) == w}
+    for name, where in found.items():
+        control = rows.parse_control(where) if isinstance(where, str) else None
+        k = control[1] if control else where
+        if k == -1:
+            facts[name] = {"human pairs": "0", "minutes": ""}
+        elif isinstance(k, int):
+            own = [str(s.seed_pairs)] if k or not s.start else []                    # a model to start from had its own
+            facts[name] = {"human pairs": " + ".join(own + ["the start's"] * bool(s.start)), "minutes": f"{spent(k):.1f}"}
+        elif rows.RIVALS.get(s.preset, {}).get(name) == where:
+            facts[name] = {"human pairs": str(rows.FULL_DATA)}
+    return facts
 
 
-def main(argv: list[str]) -> None:
-    s, own = load(argv, __doc__, OWN, create="--preset" in argv)
+def write_results(s: Settings, found: dict[str, int | str], scores: pd.DataFrame, versions: list[str]) -> None:
+    """table.md, table.csv, the curves, the sheet of samples, and the page."""
     run, folder, names = Path(s.run), Path(s.run) / "eval", scoring.names_of(s)
-    found = rows_of(s, own)
-    with Ledger(run, "05_eval", None, str(models.device_of(s))) as ledger:
-        prompts = None if own.images else evaluation(s)
-        jobs = {name: jobs_of(s, name, where, prompts) for name, where in found.items()}
-        scoring.paint_rows(s, found, jobs, ledger)
-        results, versions = scoring.score_rows(s, jobs)
-    if not PartialState().is_main_process:
-        return
-    scores = collect(results, prompts, Path(own.images).stem)
-    write_table(scores, folder / "scores.parquet")
-    summary = report.summarise(scores, names, "base", "Iter0")
-    table = report.readable(summary, names, facts_of(s, found))
-    config = json.loads((run / "config.json").read_text())
-    notes = report.notes(s, config, scores, versions, {n: w for n, w in found.items() if isinstance(w, str)})
-    beside, first = paper.table(s.preset, summary), ""
-    if len(beside):
-        first = f"In the form of the paper's table 1 (its number, and ours less it)\n\n{report.markdown(beside)}\n"
-        print(first)
-    write_text(first + report.markdown(table) + "\n" + "".join(f"- {n}\n" for n in notes), folder / "table.md")
-    write_text(summary.to_csv(index=False, float_format="%.6g"), folder / "table.csv")
-    judges = [json.loads(p.read_text()) for p in sorted(run.glob("iter*/judge.json"))]
+    summary, facts = report.summarise(scores, names, "base", "Iter0"), facts_of(s, found)
+    table = report.readable(summary, names, facts)
+    beside = paper.table(s.preset, summary, {name: fact["human pairs"] for name, fact in facts.items()})
+    notes = report.notes(replace(s, dtype=str(models.dtype_of(s))), environment(), scores, versions,
+                         {n: w for n, w in found.items() if isinstance(w, str)})
+    title = "As the paper's table 1; in brackets its number, and ours less it"
+    if len(beside) and (other := paper.departures(s)):
+        title += f". Not as in the paper: {other}"
+    tables = [(title, beside)] * bool(len(beside)) + [("Means, gains and win rates", table)]
+    text = "\n".join(f"{report.plain(title)}\n\n{report.markdown(one)}" for title, one in tables)
+    write_text(text + "\n" + "".join(f"- {report.plain(n)}\n" for n in notes), folder / "table.md")
+    csv = report.for_programs(summary, facts, paper.numbers(s.preset), versions)
+    write_text(csv.to_csv(index=False, float_format="%.6g"), folder / "table.csv")
+    rounds = sorted((int(p.parent.name[4:]), p.parent) for p in run.glob("iter*/judge.json"))
+    judges = [json.loads((p / "judge.json").read_text()) for _, p in rounds]
     report.curves(summary, names, [n for n, k in found.items() if isinstance(k, int)], [j for j in judges if j["pairs"]],
                   folder / "curves.png")
     report.sample_sheet(run, scores, folder / "samples.png")
     sheets = [("each score over the rounds", "eval/curves.png"), ("the same prompts and noise", "eval/samples.png"),
               ("seed pairs", "seed/preview.png")]
-    sheets += [(f"round {p.parent.name[4:]}: the model's own best and worst", str(p.relative_to(run)))
-               for p in sorted(run.glob("iter*/preview.png"))]
-    page.write_page(run, table, scores, f"SAIL: {run.name}", notes, [(c, p) for c, p in sheets if (run / p).exists()])
-    print(report.markdown(table.drop(columns="benchmark") if table.benchmark.nunique() == 1 else table))
-    columns = ["stage", "iter", "seconds", "images", "unet_forwards", "optimizer_steps"]
-    print(report.cost(run)[columns].round(1).to_string(index=False))
+    sheets += [(f"round {k}: the model's own best and worst", f"{p.name}/preview.png") for k, p in rounds]
+    page.write_page(run, tables, scores, f"SAIL: {run.name}", notes, [(c, p) for c, p in sheets if (run / p).exists()])
+    print("", text, report.cost(run).iloc[:, :6].round(1).to_string(index=False), sep="\n")
     print(f"05 eval: {folder}/table.md, curves.png, samples.png; open {folder}/index.html")
+
+
+def main(argv: list[str]) -> None:
+    s, own = load(argv, __doc__, OWN, create="--preset" in argv)
+    found = rows_of(s, own)
+    with Ledger(s.run, "05_eval", None, str(models.device_of(s))) as ledger:
+        prompts = None if own.images else evaluation(s)
+        jobs = {name: jobs_of(s, name, where, prompts) for name, where in found.items()}
+        scoring.paint_rows(s, found, jobs, ledger)
+        results, versions = scoring.score_rows(s, jobs)
+    if PartialState().is_main_process:
+        scores = collect(results, prompts, Path(own.images).stem)
+        write_table(scores, Path(s.run) / "eval/scores.parquet")
+        write_results(s, found, scores, versions)
 
 
 if __name__ == "__main__":

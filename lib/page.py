@@ -25,11 +25,11 @@ SCORES = Path("eval/scores.parquet")                          # named in message
 OPEN_NOTES = 6                                                # a longer list of notes starts folded
 
 
-def write_page(run: Path, table: pd.DataFrame, scores: pd.DataFrame, title: str, notes: list[str],
+def write_page(run: Path, tables: list[tuple[str, pd.DataFrame]], scores: pd.DataFrame, title: str, notes: list[str],
                sheets: list[tuple[str, str]]) -> Path:
     """Write `run`/eval/index.html and return its path.
 
-    table   the results, shown as they come: one line per row, strings and numbers unchanged
+    tables  (title, results), shown as they come: one line per row, strings and numbers unchanged
     scores  one row per image: KEYS, then one column per score (higher is better; NaN is "no score"). Models
             stand in order of first occurrence, and gains are over the first. `image` is relative to `run`
     notes   lines of plain text: settings, versions
@@ -42,7 +42,8 @@ def write_page(run: Path, table: pd.DataFrame, scores: pd.DataFrame, title: str,
     parts = {
         "policy": "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "title": _text(title),
-        "table": _table(table),
+        "tables": "\n".join(f'<p class="soft">{_text(title)}</p><div class="scroll" tabindex="0"><table>{_table(table)}'
+                            f'</table></div>' for title, table in tables),
         "sheets": "\n".join(_sheet(run, i, *sheet) for i, sheet in enumerate(sheets)),
         "folded": "" if len(notes) > OPEN_NOTES else "open",
         "notes": "\n".join(f"<li>{_text(note)}</li>" for note in notes),

@@ -2,6 +2,8 @@
 
 import pandas as pd
 
+from lib.settings import PRESETS
+
 COLUMNS = ["HPSv2 anime", "HPSv2 concept-art", "HPSv2 paintings", "HPSv2 photo",          # HPSv2 score, by style
            "PickScore", "ImageReward", "Aesthetics", "HPSv2"]                             # Pick-a-Pic v2 validation
 # The same columns as (benchmark, style, score) here.
@@ -23,21 +25,39 @@ TABLE = {
              "Iter2": (28.74, 27.80, 27.78, 28.09, 22.51, .9844, 6.16, 27.32)}}
 
 
-def table(preset: str, summary: pd.DataFrame) -> pd.DataFrame:
-    """Rows and columns of table 1: our mean, then in brackets the paper's number and ours minus it, where it has one.
+PAIRS = {"base": "", "DiffusionDPO": "0.8M", "DiffusionSPO": "0.8M", "MaPO": "0.8M"}         # Iter0, Iter1, ...: 0.05M
+
+
+def numbers(preset: str) -> dict[tuple[str, str, str, str], float]:
+    """The paper's scores by (model, benchmark, style, score)."""
+    return {(model, *key): value for model, values in TABLE.get(preset, {}).items() for key, value in zip(OURS, values)}
+
+
+def table(preset: str, summary: pd.DataFrame, pairs: dict[str, str]) -> pd.DataFrame:
+    """Rows and columns of table 1: our mean, then in brackets the paper's number and ours minus it, where it has one;
+    and the human pairs behind each model, ours from `pairs` and the paper's.
 
     Columns that this evaluation did not measure are left out; the table is empty if none was, or if the paper has no
     such model.
     """
     mean = summary.set_index(["model", "benchmark", "style", "score"])["mean"].to_dict()
     columns = [(i, *key) for i, key in enumerate(OURS) if any(k[1:] == key for k in mean)]
-    rows = []
-    for model in summary.model.unique() if columns and preset in TABLE else ():
-        row = {"model": f"SAIL ({model})" if model.startswith("Iter") else model}
+    rows, paper = [], numbers(preset)
+    for model in summary.model.unique() if columns and paper else ():
+        known = f" ({PAIRS.get(model, '0.05M')})" if model in TABLE[preset] and PAIRS.get(model) != "" else ""
+        row = {"model": f"SAIL ({model})" if model.startswith("Iter") else model,
+               "human pairs": pairs.get(model, "") + known}
         for i, *key in columns:
-            ours, theirs = mean.get((model, *key)), TABLE[preset].get(model)
+            ours, theirs = mean.get((model, *key)), paper.get((model, *key))
             digits = 4 if key[2] == "imagereward" else 2
             row[COLUMNS[i]] = "" if ours is None else f"{ours:.{digits}f}" + (
-                f" ({theirs[i]:.{digits}f}, {ours - theirs[i]:+.{digits}f})" if theirs else "")
+                "" if theirs is None else f" ({theirs:.{digits}f}, {ours - theirs:+.{digits}f})")
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def departures(s) -> str:
+    """Settings of the evaluation that differ from the paper's, which stand in brackets; empty where it has no such run."""
+    names = ("resolution", "eval_count", "eval_seeds", "sampler", "sample_steps", "cfg_scale")
+    return ", ".join(f"{name} {getattr(s, name)} ({PRESETS[s.preset][name]})" for name in names
+                     if s.preset in TABLE and getattr(s, name) != PRESETS[s.preset][name])

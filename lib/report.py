@@ -1,5 +1,7 @@
 """Numbers with intervals, the table, the curves and the sheets of pictures."""
 
+import functools
+import html
 import math
 from pathlib import Path
 
@@ -23,11 +25,15 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return middle - half, middle + half
 
 
+@functools.lru_cache(maxsize=1)
+def resamples(n: int) -> np.ndarray:
+    """How often each of n prompts stands in each resample, over n: (RESAMPLES, n). The same for all that is compared."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+
+
 def bootstrap(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """95% percentile interval of the mean over rows of (prompts, ...): all columns share their resamples."""
-    n = len(values)
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n          # (RESAMPLES, n)
-    means = np.tensordot(weights, values, 1)
+    means = np.tensordot(resamples(len(values)), values, 1)
     return np.percentile(means, 2.5, axis=0), np.percentile(means, 97.5, axis=0)
 
 
@@ -77,37 +83,56 @@ def readable(summary: pd.DataFrame, names: list[str], facts: dict[str, dict]) ->
     cell = lambda r, k, sign: "" if pd.isna(r.get(k, np.nan)) else \
         f"{r[k]:{sign}.3f} [{r[k + '_low']:{sign}.3f}, {r[k + '_high']:{sign}.3f}]"
     rows = []
-    summary = summary[summary["style"] == ""]
+    summary = summary[summary["style"] == ""].rename(columns={"low": "mean_low", "high": "mean_high"})
+    several = summary.groupby("benchmark").prompts.nunique().max() > 1        # a row that lacks some must say so
     for (benchmark, model), part in summary.groupby(["benchmark", "model"], sort=False):
-        part = part.rename(columns={"low": "mean_low", "high": "mean_high"})
         by_score = {r["score"]: r for r in part.to_dict("records")}
-        row = {"benchmark": benchmark, "model": model, **facts.get(model, {})}
-        row |= {name: cell(by_score[name], "mean", "") for name in names}
-        for name in names:
-            row[f"{name}: gain over base"] = cell(by_score[name], "gain", "+")
         main = by_score[names[-1]]
+        row = {"model": model, "benchmark": benchmark, **facts.get(model, {})}
+        row |= {"prompts": f"{main['prompts']:.0f}"} if several else {}
+        row |= {name: cell(by_score[name], "mean", "") for name in names}
+        row |= {f"{name}: gain over base": cell(by_score[name], "gain", "+") for name in names}
         row[f"{names[-1]}: over Iter0"] = cell(main, "over_iter0", "+")
-        row["win rate over base"] = "" if pd.isna(main.get("win_rate", np.nan)) else f"{main['win_rate']:.0%}"
+        row |= {f"{name}: wins over base": "" if pd.isna(rate := by_score[name].get("win_rate", np.nan)) else f"{rate:.0%}"
+                for name in names}
         rows.append(row)
     table = pd.DataFrame(rows).fillna("")
-    return table.drop(columns=[c for c in table if (table[c].astype(str) == "").all()])
+    one = ["benchmark"] if table.benchmark.nunique() == 1 else []
+    return table.drop(columns=one + [c for c in table if (table[c].astype(str) == "").all()])
+
+
+def for_programs(summary: pd.DataFrame, facts: dict[str, dict], paper: dict, versions: list[str]) -> pd.DataFrame:
+    """table.csv: `summary` with each model's facts, the paper's number and ours less it, and what computed the score."""
+    table = summary.copy()
+    for fact in dict.fromkeys(fact for one in facts.values() for fact in one):
+        table[fact.replace(" ", "_")] = [facts.get(m, {}).get(fact, "") for m in table.model]
+    keys = zip(*(table[column] for column in ("model", "benchmark", "style", "score")))
+    table["paper"] = [paper.get(key, np.nan) for key in keys]
+    table["over_paper"] = table["mean"] - table.paper
+    by_score = {version.split()[0]: version for version in versions}
+    return table.assign(scorer=[by_score.get(score, versions[0]) for score in table["score"]])
 
 
 def markdown(table: pd.DataFrame) -> str:
-    cell = lambda v: str(v).replace("|", "\\|").replace("\n", " ")
-    lines = [list(map(cell, table.columns)), ["---"] * len(table.columns), *(list(map(cell, r)) for r in table.to_numpy())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "".join("| " + " | ".join(map(plain, line)) + " |\n" for line in lines)
 
 
-def notes(s, config: dict, scores: pd.DataFrame, versions: list[str], outside: dict[str, str]) -> list[str]:
-    """All that the numbers depend on, in lines of text: prompts, sampling, models, scorers, packages, hardware."""
+def plain(value) -> str:
+    """Any text in one line of Markdown: no HTML, no new cell."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|")
+
+
+def notes(s, made: dict, scores: pd.DataFrame, versions: list[str], outside: dict[str, str]) -> list[str]:
+    """All that the numbers depend on, in lines of text: prompts, sampling, models, scorers, packages, hardware (`made`
+    is settings.environment())."""
     counts = [f"{name} {part.prompt_id.nunique()} prompts" for name, part in scores.groupby("benchmark", sort=False)]
-    return [f"{', '.join(counts)}, {s.eval_seeds} picture(s) each; {s.sampler}, {s.sample_steps} steps, guidance "
-            f"{s.cfg_scale}, {s.resolution} pixels, {s.dtype} precision; base {s.model}" + (f", VAE {s.vae}" if s.vae else ""),
-            "intervals: 95%, bootstrap over prompts; gains paired by prompt and noise",
+    drawn = f"{', '.join(counts)}, {s.eval_seeds} picture(s) each; {s.sampler}, {s.sample_steps} steps, guidance " \
+            f"{s.cfg_scale}, {s.resolution} pixels, {s.dtype}; base {s.model}" + (f", VAE {s.vae}" if s.vae else "")
+    return [drawn, "intervals: 95%, bootstrap over prompts; gains and wins (ties half) paired by prompt and noise",
             *(f"row {name}: {where}" for name, where in outside.items()), *(f"scorer {v}" for v in versions),
-            " ".join(f"{k} {v}" for k, v in config["versions"].items() if v),
-            f"code {config['commit']}, {config['hardware']}"]
+            " ".join(f"{k} {v}" for k, v in made["versions"].items() if v),
+            f"code {made['commit']}, " + ", ".join(f"{k} {v}" for k, v in made["hardware"].items() if v)]
 
 
 # ---- pictures ----
@@ -132,7 +157,7 @@ def sheet(rows: list[list[Image.Image]], columns: list[str], labels: list[str], 
         draw.text((gap + j * (side + gap), 2), title, "black", font)
     for i, row in enumerate(rows):
         top = head + i * (side + head + gap)
-        text = labels[i]
+        text = " ".join(labels[i].split())
         while draw.textlength(text, font) > width - 2 * gap and len(text) > 4:
             text = text[:-4] + "..."
         draw.text((gap, top), text, "dimgray", font)
@@ -176,10 +201,10 @@ def curves(summary: pd.DataFrame, names: list[str], steps: list[str], judges: li
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     summary = summary[summary["style"] == ""]
-    benchmarks = list(summary.benchmark.unique())
-    extra = 1 if judges else 0
-    figure, axes = plt.subplots(len(benchmarks), len(names) + extra, squeeze=False,
-                                figsize=(3.6 * (len(names) + extra), 3 * len(benchmarks)))
+    benchmarks, wide = list(summary.benchmark.unique()), len(names) + bool(judges)
+    words = lambda text: str(text).replace("$", r"\$")                   # a dollar sign would begin a formula
+    figure, axes = plt.subplots(len(benchmarks), wide, squeeze=False, layout="constrained",
+                                figsize=(3.6 * wide, 3 * len(benchmarks) + .3))
     for line, benchmark in zip(axes, benchmarks):
         for axis, name in zip(line, names):
             part = summary[(summary.benchmark == benchmark) & (summary["score"] == name)].set_index("model")
@@ -188,20 +213,21 @@ def curves(summary: pd.DataFrame, names: list[str], steps: list[str], judges: li
                 axis.fill_between(own.index, own.low, own.high, alpha=.2, color="C0", linewidth=0)
                 axis.plot(own.index, own["mean"], "o-", color="C0", markersize=4)
             for i, other in enumerate(m for m in part.index if m not in steps):
-                axis.axhline(part.loc[other, "mean"], ls="--", lw=1, color=f"C{i + 1}", label=other)
-            axis.set_title(name if len(benchmarks) == 1 else f"{benchmark}: {name}")
-            axis.grid(alpha=.3)
-            if len(part) > len(own):
-                axis.legend(fontsize=7)
-        if judges:
-            axis, rounds = line[-1], [f"Iter{j['model']}" for j in judges]
-            middle = np.array([j["accuracy"] for j in judges])
-            spread = np.abs(np.array([[j["low"], j["high"]] for j in judges]).T - middle)
-            axis.errorbar(rounds, middle, spread, fmt="o-", color="C3", markersize=4, capsize=3)
-            axis.axhline(.5, color="gray", lw=.8)
-            axis.set_title("self-judge on held-out human pairs")
-            axis.grid(alpha=.3)
-    figure.tight_layout()
+                axis.axhline(part.loc[other, "mean"], ls="--", lw=1.2, color=f"C{i + 1}", label=words(other))
+            axis.set_title(words(name if len(benchmarks) == 1 else f"{benchmark}: {name}"))
+    dashed = dict(zip(*(axes[0, 0].get_legend_handles_labels()[::-1])))
+    if dashed:
+        figure.legend(dashed.values(), dashed.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    if judges:
+        axis, rounds = axes[0, -1], [f"Iter{j['model']}" for j in judges]
+        middle = np.array([j["accuracy"] for j in judges])
+        spread = np.abs(np.array([[j["low"], j["high"]] for j in judges]).T - middle)
+        axis.errorbar(rounds, middle, spread, fmt="o-", color="C3", markersize=4, capsize=3)
+        axis.axhline(.5, color="gray", lw=.8)
+        axis.set_title("self-judge on held-out human pairs")
+    for axis in axes.flat:
+        axis.grid(alpha=.3)
+        axis.set_visible(axis.has_data())
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)

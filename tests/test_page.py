@@ -29,7 +29,7 @@ from lib.run import UserError
 MODELS = ["base", "Iter0", "SAIL 1", "SAIL 2", "SAIL 3"]
 NAMES = ["PickScore", "HPSv2", "ImageReward", "Aesthetics"]
 HOSTILE = ['</script><script>window.pwned=1</script>', '<img src=x onerror="window.pwned=1">', '<!-- <script>',
-           '&lt;b&gt; "quotes" \'n\' `${window.pwned=1}`', "\u2028 \x00 日本語 שלום 🦊", "<!--table-->",
+           '&lt;b&gt; "quotes" \'n\' `${window.pwned=1}`', "\u2028 \x00 日本語 שלום 🦊", "<!--tables-->",
            "constructor </SCRIPT x"]
 
 
@@ -101,8 +101,8 @@ def test_every_row_and_hostile_text_come_back(tmp_path):
     scores = example(tmp_path, HOSTILE, seeds=(3, 4))
     scores.loc[2, "HPSv2"] = math.nan
     scores = scores.rename(columns={"Aesthetics": "</script>"})
-    path = page.write_page(tmp_path, results(example(tmp_path / "b", HOSTILE)), scores, HOSTILE[0], HOSTILE, [
-        (HOSTILE[1], scores["image"][0])])
+    tables = [(HOSTILE[0], results(example(tmp_path / "b", HOSTILE)))]
+    path = page.write_page(tmp_path, tables, scores, HOSTILE[0], HOSTILE, [(HOSTILE[1], scores["image"][0])])
     assert path == tmp_path / "eval/index.html" and not list(path.parent.glob(".*"))
     data = embedded(path)
     assert data["models"] == MODELS and data["scores"] == NAMES[:3] + ["</script>"]
@@ -146,7 +146,7 @@ def test_table_as_it_comes(tmp_path):
 
 
 def test_empty(tmp_path):
-    path = page.write_page(tmp_path, pd.DataFrame(), pd.DataFrame(columns=page.KEYS), "nothing", [], [])
+    path = page.write_page(tmp_path, [("", pd.DataFrame())], pd.DataFrame(columns=page.KEYS), "nothing", [], [])
     assert embedded(path)["rows"] == []
 
 
@@ -291,7 +291,8 @@ def small(tmp_path_factory) -> Path:
     plt.close(figure)
     notes = [f"{k}: {v}" for k, v in {"preset": "tiny", "steps": 10, "guidance": 2.0, "torch": "2.15.0",
                                       "diffusers": "0.42.1", "scorers": "the world's oracle"}.items()]
-    page.write_page(run, results(scores), scores, "SAIL in the embedded world", notes, [
+    tables = [("Means", results(scores)), ("Again", results(scores).iloc[:, :4])]
+    page.write_page(run, tables, scores, "SAIL in the embedded world", notes, [
         ("Scores over the iterations; bands are 95% intervals.", "eval/curves.png"),
         ("A preview sheet.", scores["image"][3])])
     return run / "eval/index.html"
@@ -371,6 +372,8 @@ def test_work(browser, small):
 
 def test_box_and_keys(browser, small):
     browser.open(small)
+    browser.js("document.getElementById('prompts').scrollIntoView()")
+    browser.frame()
     browser.click(".row:nth-child(2) [data-model='3']")
     at = lambda: browser.js("[box.open, current, model]")
     assert at() == [True, 1, 3]
@@ -403,7 +406,7 @@ def test_many(browser, tmp_path):
     """3,200 prompts x 5 models: writing under 10 s, loading under 5 s, filter, order and jump under 1 s each."""
     scores = example(tmp_path, [f"{world.CAPTIONS[i % 1728]}, version {i}" for i in range(3200)])
     start = time.perf_counter()
-    path = page.write_page(tmp_path, results(scores), scores, "HPSv2", [], [])
+    path = page.write_page(tmp_path, [("Means", results(scores))], scores, "HPSv2", [], [])
     writing = time.perf_counter() - start
     loading = browser.open(path)
     timed = lambda code: browser.js(f"(() => {{ const t = performance.now(); {code}; document.body.offsetHeight;"
@@ -420,11 +423,11 @@ def test_many(browser, tmp_path):
 
 def test_one_model_without_scores(browser, tmp_path):
     scores = example(tmp_path, world.CAPTIONS[:3], models=["own"], size=(768, 512)).drop(columns=NAMES)
-    browser.open(page.write_page(tmp_path, pd.DataFrame(), scores, "Own pictures", [], []), 390)
+    browser.open(page.write_page(tmp_path, [("", pd.DataFrame())], scores, "Own pictures", [], []), 390)
     browser.shot("phone-own")
     browser.click(".row .picture")
     browser.key("ArrowRight")
     assert browser.js("box.open && model === 0 && document.getElementById('order').hidden")
-    page.write_page(tmp_path, pd.DataFrame(), scores[:0], "Nothing", [], [])
+    page.write_page(tmp_path, [("", pd.DataFrame())], scores[:0], "Nothing", [], [])
     browser.open(tmp_path / "eval/index.html")
     assert not browser.faults()
