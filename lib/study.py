@@ -67,7 +67,7 @@ TUNED: dict[str, str] = {}                      # settings of an arm where they 
 CONTROLS = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")     # of the SAIL runs; tuned too
 CONTROL_GRID = [f"extrapolated x{g}=extrapolate:Iter0:{g}" for g in (1.5, 2, 3, 4)] + \
                [f"guided {w}=guide:Iter0:{w}" for w in (.5, 1, 2, 3)]
-GRID = ("--beta 2000 --lr 1e-5", "--beta 2000 --lr 2e-5", "--beta 4000 --lr 2e-5")
+GRID = ("--beta 2000 --lr 1e-5", "--beta 1000 --lr 1e-5", "--beta 500 --lr 1e-5", "--beta 2000 --lr 2e-5")
 TUNE_ARMS = ("SAIL", "seed only", "random pair", "no mixup", "online DPO", "DiffusionDPO", "MaPO")
 TUNE_SEED, ALIGNMENT_LOSS = 100, .01            # best utility among the settings that lose no more alignment than this
 QUESTIONS = {                                   # name: (title, arms, run seeds)

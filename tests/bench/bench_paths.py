@@ -2,12 +2,12 @@
 
     python -m tests.bench.bench_paths training             # SD1.5 of smaller widths at 128 px: a laptop's CPU
     python -m tests.bench.bench_paths training --full      # SD1.5 as it is at 512 px, bf16 on a CUDA device
-    python -m tests.bench.bench_paths sampling | ranking   [--full] [--rounds 5] [--threads 1]
+    python -m tests.bench.bench_paths sampling | ranking   [--preset sdxl] [--full] [--rounds 5] [--threads 1]
 
 training   stage 04's step (latents and prompt embeddings from disk) beside Diffusion-DPO's as its authors and diffusers'
            script run it: VAE-encode both pictures and encode the prompt in every step. Same UNets, optimizer, batch and
            precision; the plain step finds its pictures in memory as tensors, so no JPEG is decoded.
-sampling   lib.sampler.paint beside StableDiffusionPipeline called prompt by prompt for 8 pictures, its PNGs saved too.
+sampling   lib.sampler.paint beside the diffusers pipeline called prompt by prompt for 8 pictures, its PNGs saved too.
 ranking    stage 03's errors_of beside a loop over candidates and draws, one forward each of model and anchor.
 
 Weights are random (speed does not depend on them). Each side does one round unmeasured, then they alternate; given are
@@ -32,45 +32,58 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline,
+                       UNet2DConditionModel)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lib import models, probe, sampler
 from lib.run import Ledger, generator, open_image, save_latent
 from lib.settings import PRESETS, ROOT, Settings, cpu_name
 
 TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}   # CLIP ViT-L
-SMALLER, REAL = 4, .803 / 1.117                  # widths on a CPU are divided by; SD1.5's UNet forward over its VAE encode
+TEXT_2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,   # ViT-bigG
+          "projection_dim": 1280}
+SMALLER, LAYERS = 4, ("num_hidden_layers",)      # on a CPU every width is divided by this, never the depth
+REAL = {"sd15": .803 / 1.117, "sdxl": 6.76 / 4.88}                       # the real models' UNet forward over VAE encode
+PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 PROMPT = "a lighthouse at dusk, oil painting, number {}"
 
 
 # ---- models and settings ----
 
-def make_pipeline(folder: Path, divide: int) -> probe.Shape:
-    """SD1.5's classes and layout with random weights, saved for the stages to load; every width divided by `divide`,
-    and the number of heads too, so that a head is as wide as SD1.5's."""
+def make_pipeline(folder: Path, preset: str, divide: int) -> probe.Shape:
+    """The preset's classes and layout with random weights, saved for the stages to load; every width divided by `divide`,
+    and the number of heads too, so that a head is about as wide as it is."""
     torch.manual_seed(0)
-    narrow = lambda *widths: tuple(width // divide for width in widths)
-    unet = UNet2DConditionModel(**probe.SD15_UNET | {
-        "block_out_channels": narrow(320, 640, 1280, 1280), "cross_attention_dim": 768 // divide,
-        "attention_head_dim": 8 // divide, "norm_num_groups": 32 // divide})       # attention_head_dim: number of heads
+    xl, narrow = preset == "sdxl", lambda *widths: tuple(max(1, width // divide) for width in widths)
+    sizes = {"block_out_channels": narrow(320, 640, 1280, 1280), "attention_head_dim": 8 // divide,  # the number of heads
+             "cross_attention_dim": 768 // divide}
+    if xl:
+        sizes = {"block_out_channels": narrow(320, 640, 1280), "attention_head_dim": narrow(5, 10, 20),
+                 "cross_attention_dim": 2048 // divide, "projection_class_embeddings_input_dim": 6 * 256 + 1280 // divide}
+    unet = UNet2DConditionModel(**(probe.SDXL_UNET if xl else probe.SD15_UNET) | sizes | {"norm_num_groups": 32 // divide})
     vae = AutoencoderKL(**probe.SD_VAE | {"block_out_channels": narrow(*probe.SD_VAE["block_out_channels"])},
-                        norm_num_groups=32 // divide, scaling_factor=.18215)
+                        norm_num_groups=32 // divide, scaling_factor=.13025 if xl else .18215)
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "lib/tiny/tokenizer", model_max_length=77)
-    sizes = {k: v // divide if k != "num_hidden_layers" else v for k, v in TEXT.items()}
-    text = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=77,
-                                        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
-    schedule = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False)
-    StableDiffusionPipeline(vae, text, tokenizer, unet, schedule, safety_checker=None, feature_extractor=None,
-                            requires_safety_checker=False).save_pretrained(folder)
+    config = lambda sizes: CLIPTextConfig(
+        **{k: v if k in LAYERS else v // divide for k, v in sizes.items()}, vocab_size=len(tokenizer),
+        max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    schedule = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
+                             steps_offset=1)
+    parts = {"vae": vae, "text_encoder": CLIPTextModel(config(TEXT)), "tokenizer": tokenizer, "unet": unet,
+             "scheduler": schedule}
+    parts |= {"text_encoder_2": CLIPTextModelWithProjection(config(TEXT_2)), "tokenizer_2": tokenizer} if xl else \
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    PIPELINES[preset](**parts).save_pretrained(folder)
     return probe.Shape(dict(unet.config), dict(vae.config), 77, "")
 
 
-def settings_of(folder: Path, full: bool) -> Settings:
+def settings_of(folder: Path, preset: str, full: bool) -> Settings:
     small = {"resolution": 128, "sample_steps": 5, "sample_batch": 16, "draws": 5, "rank_batch": 40}
-    own = {} if full else small
-    return Settings(**PRESETS["sd15"] | {"model": str(folder / "model"), "run": str(folder / "run"), "flip": 0.} | own)
+    vae = {} if preset == "sd15" else {"vae": ""}               # the made-up pipeline's own
+    own = {"model": str(folder / "model"), "run": str(folder / "run"), "flip": 0.} | vae | ({} if full else small)
+    return Settings(**PRESETS[preset] | own)
 
 
 # ---- measuring ----
@@ -151,15 +164,16 @@ def training(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> No
         """The same in SalesforceAIResearch/DiffusionDPO's train.py and diffusers' train_diffusion_dpo.py."""
         with torch.no_grad():
             latents = vae.encode(pictures.to(device, dtype)).latent_dist.sample() * vae.config.scaling_factor
-            tokens = tokenizer(pairs.prompt.tolist(), padding="max_length", return_tensors="pt").input_ids
-            embeds = text(tokens.to(device)).last_hidden_state.repeat(2, 1, 1)
+            embeds, _, *pooled = pipe.encode_prompt(pairs.prompt.tolist(), device=device, num_images_per_prompt=1,
+                                                    do_classifier_free_guidance=False)
+            condition = {"embeds": embeds.repeat(2, 1, 1)} | ({"pooled": pooled[0].repeat(2, 1)} if pooled else {})
         noise = torch.randn_like(latents[:b]).repeat(2, 1, 1, 1)
         t = torch.randint(1000, (b,), device=device).repeat(2)
         x_t = scheduler.add_noise(latents, noise, t)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            error = (policy(x_t, t, embeds).sample.float() - noise.float()).square().mean((1, 2, 3))
+            error = (models.predict(policy, x_t, t, condition) - noise.float()).square().mean((1, 2, 3))
             with torch.no_grad():
-                ref_error = (ref(x_t, t, embeds).sample.float() - noise.float()).square().mean((1, 2, 3))
+                ref_error = (models.predict(ref, x_t, t, condition) - noise.float()).square().mean((1, 2, 3))
         win, lose = (error - ref_error).chunk(2)
         (-torch.nn.functional.logsigmoid(-s.beta / 2 * (win - lose)).sum() / s.batch).backward()
 
@@ -168,27 +182,26 @@ def training(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> No
     with Peak() as mine:
         ours()
     vae = models.load_vae(s)
-    (tokenizer, text), = encoder._load_encoders()
-    text.requires_grad_(False)
+    pipe = PIPELINES[s.preset].from_pretrained(s.model, unet=None, vae=None, dtype=dtype).to(device)
     pictures = torch.stack([torch.from_numpy(np.array(open_image(f, run, 0))) for f in files]).movedim(-1, 1) / 127.5 - 1
     with Peak() as theirs:
         plain()
     unet, encode = probe.flops(shape, "unet", s.resolution), probe.flops(shape, "encode", s.resolution)
-    given = probe.inputs(policy, 77, s.resolution // 8, 2 * b, device)
+    given = probe.inputs(policy, shape.tokens, s.resolution // 8, 2 * b, device)
     with torch.no_grad():
         forward, encoding = [min(probe.seconds_of(work, device) for _ in range(4)) for work in (
             lambda: models.predict(ref, *given), lambda: vae.encode(pictures.to(device, dtype)))]
     times = alternate(ours, plain, rounds, device)
     once = min(probe.seconds_of(step, device) for _ in range(3))
     print(f"training  {b} pairs at once, {s.batch} a step; {once:.2f} s of each step for clipping and the optimizer; UNet "
-          f"forward over VAE encode: arithmetic {unet / encode:.2f}, time {forward / encoding:.2f} (SD1.5's arithmetic: "
-          f"{REAL:.2f})")
+          f"forward over VAE encode: arithmetic {unet / encode:.2f}, time {forward / encoding:.2f} (the real model's "
+          f"arithmetic: {REAL[s.preset]:.2f})")
     times = [[t + once * b / s.batch for t in side] for side in times]
     flop = b * probe.forwards_per_pair(s) * unet
     tell("training", "pairs", b, (flop, flop + 2 * b * encode), times, ceiling)
     a, extra = statistics.median(times[0]), statistics.median(times[1]) - statistics.median(times[0])
-    print(f"training  ratio  {1 + extra / a * forward / encoding / REAL:.2f} were UNet and VAE in time as SD1.5's are in "
-          f"arithmetic; peak memory: ours {mine.bytes / 1e9:.2f} GB, plain {theirs.bytes / 1e9:.2f} GB")
+    real = 1 + extra / a * forward / encoding / REAL[s.preset]
+    print(f"training  ratio  {real:.2f} were UNet and VAE in time as the real ones are in arithmetic; peak memory: ours {mine.bytes / 1e9:.2f} GB, plain {theirs.bytes / 1e9:.2f} GB")
 
 
 # ---- sampling ----
@@ -197,7 +210,7 @@ def sampling(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> No
     run, device, n = Path(s.run), models.device_of(s), s.candidates
     prompts = [PROMPT.format(i) for i in range(max(2, 2 * s.sample_batch // n if s.resolution > 128 else 2))]
     unet, scheduler, ledger = models.load_unet(s, -1), models.load_sampler(s), Ledger(run, "bench", None, str(device))
-    pipe = StableDiffusionPipeline.from_pretrained(s.model, unet=unet, scheduler=scheduler, dtype=models.dtype_of(s))
+    pipe = PIPELINES[s.preset].from_pretrained(s.model, unet=unet, scheduler=scheduler, dtype=models.dtype_of(s))
     pipe.to(device).set_progress_bar_config(disable=True)
     seeds = {p: range(n * i, n * i + n) for i, p in enumerate(prompts)}
     side, turn = s.resolution // 8, iter(range(1000))
@@ -274,7 +287,8 @@ def ranking(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("training", "sampling", "ranking"))
-    parser.add_argument("--full", action="store_true", help="SD1.5's own sizes, for a CUDA device")
+    parser.add_argument("--preset", choices=tuple(PIPELINES), default="sd15")
+    parser.add_argument("--full", action="store_true", help="the model's own sizes, for a CUDA device")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's default")
     parser.add_argument("--compile", choices=("off", "on"), default="off", help="of ours in sampling and ranking")
@@ -283,13 +297,13 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         divide = 1 if args.full else SMALLER
-        shape = make_pipeline(Path(folder) / "model", divide)
-        s = replace(settings_of(Path(folder), args.full), compile=args.compile)
+        shape = make_pipeline(Path(folder) / "model", args.preset, divide)
+        s = replace(settings_of(Path(folder), args.preset, args.full), compile=args.compile)
         device = models.device_of(s)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
         print(f"{date.today()}, {name}, {str(models.dtype_of(s))[6:]}; "
               + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers"))
-              + f"; SD1.5, widths / {divide}, {s.resolution} px", flush=True)
+              + f"; {args.preset}, widths / {divide}, {s.resolution} px", flush=True)
         {"training": training, "sampling": sampling, "ranking": ranking}[args.what](
             s, shape, args.rounds, probe.matmul_rate(device, models.dtype_of(s)))
 
