@@ -133,7 +133,7 @@ def write_results(s: Settings, found: dict[str, int | str], scores: pd.DataFrame
     beside = paper.table(s.preset, summary, {name: fact["human pairs"] for name, fact in facts.items()})
     notes = report.notes(replace(s, dtype=str(models.dtype_of(s))), environment(), scores, versions,
                          {n: w for n, w in found.items() if isinstance(w, str)})
-    title = "As the paper's table 1; in brackets its number, and ours less it"
+    title = "As the paper's table 1: mean [95% interval] (the paper's number, ours less it)"
     if len(beside) and (other := paper.departures(s)):
         title += f". Not as in the paper: {other}"
     tables = [(title, beside)] * bool(len(beside)) + [("Means, gains and win rates", table)]

@@ -108,12 +108,14 @@ def _json(value) -> str:
 
 def _table(table: pd.DataFrame) -> str:
     def column(name) -> list[str]:
-        """The header and the cells of a column; numbers stand right, and gains are coloured by their sign."""
+        """The header and the cells of a column; numbers stand right, and gains are coloured by their sign, unless their
+        interval holds zero."""
         cells = ["" if pd.isna(v) else f"{v:.6g}" if isinstance(v, float) else str(v) for v in table[name]]
         side = "number" if any(re.match(r"[+\-−]?\.?\d", c) for c in cells) else ""
-        sign = {"+": " up", "-": " down", "−": " down"} if "gain" in str(name).lower() and side else {}
-        return [f'<th class="{side}">{_text(name)}</th>'] + [
-            f'<td class="{side}{sign.get(c[:1], "") if len(c) > 1 else ""}">{_text(c)}</td>' for c in cells]
+        gains = side and re.search("gain|over Iter0", str(name), re.IGNORECASE)
+        sign = lambda cell: {"+": " up", "-": " down", "−": " down"}.get(cell[:1], "") if gains and len(cell) > 1 and \
+            not re.search(r"\[[-−].*, \+|[\[ ][-+−]0\.0+[,\]]", cell) else ""
+        return [f'<th class="{side}">{_text(name)}</th>'] + [f'<td class="{side}{sign(c)}">{_text(c)}</td>' for c in cells]
 
     head, *body = ["<tr>" + "".join(cells) + "</tr>" for cells in zip(*map(column, table.columns))] or [""]
     return f"<thead>{head}</thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody>"

@@ -34,24 +34,23 @@ def numbers(preset: str) -> dict[tuple[str, str, str, str], float]:
 
 
 def table(preset: str, summary: pd.DataFrame, pairs: dict[str, str]) -> pd.DataFrame:
-    """Rows and columns of table 1: our mean, then in brackets the paper's number and ours minus it, where it has one;
+    """Rows and columns of table 1: our mean [its interval], then (the paper's number, ours minus it), where it has one;
     and the human pairs behind each model, ours from `pairs` and the paper's.
 
     Columns that this evaluation did not measure are left out; the table is empty if none was, or if the paper has no
     such model.
     """
-    mean = summary.set_index(["model", "benchmark", "style", "score"])["mean"].to_dict()
-    columns = [(i, *key) for i, key in enumerate(OURS) if any(k[1:] == key for k in mean)]
+    ours = summary.set_index(["model", "benchmark", "style", "score"])[["mean", "low", "high"]].to_dict("index")
+    columns = [(i, *key) for i, key in enumerate(OURS) if any(k[1:] == key for k in ours)]
     rows, paper = [], numbers(preset)
     for model in summary.model.unique() if columns and paper else ():
         known = f" ({PAIRS.get(model, '0.05M')})" if model in TABLE[preset] and PAIRS.get(model) != "" else ""
         row = {"model": f"SAIL ({model})" if model.startswith("Iter") else model,
                "human pairs": pairs.get(model, "") + known}
         for i, *key in columns:
-            ours, theirs = mean.get((model, *key)), paper.get((model, *key))
-            digits = 4 if key[2] == "imagereward" else 2
-            row[COLUMNS[i]] = "" if ours is None else f"{ours:.{digits}f}" + (
-                "" if theirs is None else f" ({theirs:.{digits}f}, {ours - theirs:+.{digits}f})")
+            it, theirs, digits = ours.get((model, *key)), paper.get((model, *key)), 4 if key[2] == "imagereward" else 2
+            row[COLUMNS[i]] = "" if it is None else "{mean:.{0}f} [{low:.{0}f}, {high:.{0}f}]".format(digits, **it) + (
+                "" if theirs is None else f" ({theirs:.{digits}f}, {it['mean'] - theirs:+.{digits}f})")
         rows.append(row)
     return pd.DataFrame(rows)
 

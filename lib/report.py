@@ -217,7 +217,7 @@ def curves(summary: pd.DataFrame, names: list[str], steps: list[str], judges: li
             axis.set_title(words(name if len(benchmarks) == 1 else f"{benchmark}: {name}"))
     dashed = dict(zip(*(axes[0, 0].get_legend_handles_labels()[::-1])))
     if dashed:
-        figure.legend(dashed.values(), dashed.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+        figure.legend(dashed.values(), dashed.keys(), loc="outside lower left", ncols=6, fontsize=8, frameon=False)
     if judges:
         axis, rounds = axes[0, -1], [f"Iter{j['model']}" for j in judges]
         middle = np.array([j["accuracy"] for j in judges])

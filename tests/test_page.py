@@ -142,6 +142,9 @@ def test_table_as_it_comes(tmp_path):
     frame = pd.DataFrame({"model": ["<b>", "x"], "HPSv2 gain": ["+0.12", "−0.3"], "n": [64, 0], "paper": [.28, None]})
     text = page._table(frame)
     assert "&lt;b&gt;" in text and '"number up">+0.12</td>' in text and '"number down">−0.3</td>' in text
+    gains = ["+0.1 [+0.01, +0.3]", "-0.1 [-0.3, +0.1]", "+0.1 [+0.000, +0.2]", "−0.1 [−0.2, −0.01]", "+0.1 [-0.000, +0.2]"]
+    cells = page._table(pd.DataFrame({"gain": gains})).split("<td")[1:]
+    assert [cell.split('"')[1] for cell in cells] == ["number up", "number", "number", "number down", "number"]
     assert '<td class="number">64</td>' in text and '<td class="number">0.28</td>' in text and "nan" not in text
 
 

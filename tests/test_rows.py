@@ -162,7 +162,8 @@ def test_guidance_adds_the_difference_of_two_predictions(s, monkeypatch):
     base, iter3 = predicts(models.load_unet(s, -1)).double(), predicts(models.load_unet(s, 3)).double()
     assert torch.equal(predicts(rows.load_row(s, "guide:Iter3:0")), iter3.float())
     for w in (1.5, -.5):
-        assert torch.allclose(predicts(rows.load_row(s, f"guide:Iter3:{w}")).double(), (1 + w) * iter3 - w * base, atol=1e-5)
+        found = predicts(rows.load_row(s, f"guide:Iter3:{w}")).double()
+        assert torch.allclose(found, (1 + w) * iter3 - w * base, atol=1e-5)
 
 
 def bad_models(made, adapters, folder: Path) -> dict[str, tuple]:
@@ -427,7 +428,7 @@ def test_intervals_are_those_of_a_paired_bootstrap(monkeypatch):
             low, high = (row["low"], row["high"]) if key == "mean" else (row[f"{key}_low"], row[f"{key}_high"])
             assert np.allclose([low, high], np.quantile(drawn, [.025, .975]), atol=.2 * np.std(drawn))
         assert row.win_rate == pytest.approx(np.mean(values > base)) and row.prompts == n
-    assert row.high - row.low > 1.5 * (row.gain_high - row.gain_low)                    # pairing takes the prompts' part out
+    assert row.high - row.low > 1.5 * (row.gain_high - row.gain_low)            # pairing takes the prompts' part out
 
 
 def test_the_papers_numbers_are_those_of_its_table():
@@ -454,7 +455,8 @@ def test_the_papers_number_stands_beside_ours():
     for model, theirs in {"base": 20.62, "SAIL (Iter1)": 20.89}.items():
         name = model.removeprefix("SAIL (").removesuffix(")")
         ours = scores[scores.model == name].pickscore.mean()
-        assert table.PickScore[model] == f"{ours:.2f} ({theirs:.2f}, {ours - theirs:+.2f})"
+        low, high = summary.query("model == @name and score == 'pickscore'")[["low", "high"]].iloc[0]
+        assert table.PickScore[model] == f"{ours:.2f} [{low:.2f}, {high:.2f}] ({theirs:.2f}, {ours - theirs:+.2f})"
     csv = report.for_programs(summary, {"Iter0": {"human pairs": "50000"}}, paper.numbers("sd15"),
                               ["pickscore v", "imagereward w"])
     row = csv[(csv.model == "Iter1") & (csv.score == "imagereward")].iloc[0]
