@@ -27,11 +27,11 @@ import pandas as pd
 from accelerate import PartialState
 from tqdm import tqdm
 
-from lib import benchmarks, models, oracle, report
+from lib import benchmarks, models, oracle, own, report
 from lib import pairs as outside
 from lib.run import Ledger, UserError, generator, open_image, run_stage, save_image, seed_of, write_table
 from lib.sampler import paint
-from lib.settings import Settings, load, round_prompts
+from lib.settings import Settings, amend, load, round_prompts
 
 WRITING = 64                                   # images that may wait to be decoded and written
 
@@ -130,6 +130,9 @@ def main(argv: list[str]) -> None:
         return state.print(f"01 seed: {run}/seed is there, nothing to do")
     if state.is_main_process:                  # a bad benchmark is refused before anything is fetched or painted
         evaluation = benchmarks.load(s.eval_prompts, s.eval_count, s.pairs)
+        if few := own.fit(s, evaluation.prompt):
+            print(own.told(s, few))
+            s = amend(s, few)
     if s.pairs == "world":
         splits, captions = world_splits(s)
     with Ledger(run, "01_seed", None, str(models.device_of(s))) as ledger:

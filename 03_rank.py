@@ -216,8 +216,8 @@ def main(argv: list[str]) -> None:
             write_table(pairs, folder / "pairs.parquet")
     judge_name = f"model {k - 1}" if s.reward == "implicit" else s.reward
     agrees = f"agrees with people on {judge['accuracy']:.0%} of {judge['pairs']}" if judge["pairs"] else "has seen no"
-    PartialState().print(f"03 rank, iter {k}: {len(pairs)} {s.select} pairs ranked by {judge_name}, which {agrees} held-out "
-                         f"pairs; see {folder}/preview.png")
+    PartialState().print(f"03 rank, iter {k}: {len(pairs)} {s.select} pairs ranked by {judge_name}, which {agrees} "
+                         f"held-out pairs; see {folder}/preview.png")
 
 
 if __name__ == "__main__":

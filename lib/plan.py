@@ -7,12 +7,13 @@ SAIL_LAUNCH="accelerate launch --num_processes N" they are those of N such devic
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from lib import benchmarks, models
+from lib import benchmarks, models, own
 from lib.probe import Probe, Shape, forwards_per_pair, shape_of, stage
 from lib.run import run_stage
 from lib.settings import PRESETS, ROOT, Settings, build_parser, check, load, round_prompts
@@ -143,6 +144,9 @@ def settings_of(argv: list[str]) -> Settings:
 
 def main(argv: list[str]) -> None:
     s = settings_of(argv)
+    if few := own.fit(s, ()):
+        print(own.told(s, few))
+        s = replace(s, **few)
     launched = re.search(r"--num_processes[= ](\d+)", os.environ.get("SAIL_LAUNCH", ""))
     processes = int(launched[1]) if launched else 1
     table, probe = plan(s, processes)

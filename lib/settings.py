@@ -208,6 +208,14 @@ def load(argv: list[str], stage_doc: str, extras: dict[str, dict] | None = None,
     return s, own
 
 
+def amend(s: Settings, changes: dict) -> Settings:
+    """The run's settings, and its config.json, with changes that follow from its data."""
+    s, config = check(dataclasses.replace(s, **changes)), Path(s.run) / "config.json"
+    saved = json.loads(config.read_text())
+    write_text(json.dumps(saved | {"settings": dataclasses.asdict(s)}, indent=1) + "\n", config)
+    return s
+
+
 def environment() -> dict:
     """Versions, code state and hardware that a result depends on."""
     import torch
