@@ -53,7 +53,8 @@ def mapo_loss(win: torch.Tensor, lose: torch.Tensor) -> tuple[torch.Tensor, torc
 
     phi(e) = s e / (exp(s e) - 1) falls from 1 at e = 0; L = e_w - beta log sigmoid(T (phi(e_w) - phi(e_l))).
     """
-    phi = lambda e: MAPO_S * e / torch.expm1(MAPO_S * e)
+    scaled = lambda e: (MAPO_S * e).clamp_min(1e-12)                      # for the limit at e = 0
+    phi = lambda e: scaled(e) / torch.expm1(scaled(e))
     margin = MAPO_T * (phi(win) - phi(lose))
     return win - MAPO_BETA * F.logsigmoid(margin), margin
 

@@ -11,8 +11,8 @@ from lib import plan, probe
 from lib.settings import PRESETS, Settings
 
 SMALL = ["--iters", "2", "--seed-pairs", "5", "--holdout-pairs", "3", "--iter-prompts", "2,3", "--candidates", "2",
-         "--draws", "2", "--sample-steps", "2", "--iter0-steps", "2", "--iter-steps", "0", "--batch", "2", "--micro-batch", "1",
-         "--alpha", ".5", "--flip", ".5", "--anchor", "iter0", "--eval-count", "4", "--eval-seeds", "1"]
+         "--draws", "2", "--sample-steps", "2", "--iter0-steps", "2", "--iter-steps", "0", "--batch", "2", "--micro-batch",
+         "1", "--alpha", ".5", "--flip", ".5", "--anchor", "iter0", "--eval-count", "4", "--eval-seeds", "1"]
 COUNTS = ["images", "unet_forwards", "optimizer_steps"]
 
 
