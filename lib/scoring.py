@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -65,11 +66,13 @@ def score_rows(s: Settings, rows: dict[str, pd.DataFrame]) -> tuple[dict[str, pd
                          for i in range(0, len(jobs), CHUNK)]
                 mine = [p for p in parts[state.process_index::state.num_processes]
                         if not p[0].exists() or list(pd.read_parquet(p[0]).image) != list(p[1].image)]
-                for path, part in tqdm(mine, desc=f"{score} of {name}", unit="chunk",
-                                       disable=not state.is_local_main_process):
-                    scorer = scorer or load(s, score)
-                    images = [open_image(run / image, "eval", i) for i, image in zip(part.index, part.image)]
-                    write_table(pd.DataFrame({"image": part.image} | scorer(part.prompt.tolist(), images)), path)
+                with ThreadPoolExecutor(4) as readers:
+                    for path, part in tqdm(mine, desc=f"{score} of {name}", unit="chunk",
+                                           disable=not state.is_local_main_process):
+                        scorer = scorer or load(s, score)
+                        one = lambda i, image: open_image(run / image, Path("eval/scores.parquet"), i)
+                        images = list(readers.map(one, part.index, part.image))
+                        write_table(pd.DataFrame({"image": part.image} | scorer(part.prompt.tolist(), images)), path)
                 state.wait_for_everyone()
                 whole = pd.concat([pd.read_parquet(path) for path, _ in parts], ignore_index=True)
                 state.wait_for_everyone()
@@ -78,8 +81,9 @@ def score_rows(s: Settings, rows: dict[str, pd.DataFrame]) -> tuple[dict[str, pd
                     shutil.rmtree(kept.with_suffix(""))
             for column in whole.columns.drop("image"):
                 results[name][column] = whole[column].to_numpy()
-        del scorer
-        gc.collect()
+        if scorer:
+            del scorer
+            gc.collect()
     return results, versions
 
 
