@@ -19,7 +19,6 @@ with hidden taste picks one, with Bradley-Terry noise, P(a > b) = sigmoid((u_a -
 
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +121,7 @@ def outside_pairs(s: Settings, evaluation: set[str]) -> tuple[dict[str, list[str
 
 def main(argv: list[str]) -> None:
     s, _ = load(argv, __doc__, create=True)
-    run, state = Path(s.run), PartialState(timeout=timedelta(days=1))      # others wait while one process reads pairs
+    run, state = Path(s.run), PartialState()
     tables = [run / "seed" / "pairs.parquet", run / "seed" / "holdout.parquet"]
     if (run / "prompts.parquet").exists():
         if not tables[0].exists():

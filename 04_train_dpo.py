@@ -203,6 +203,7 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
             loss, margin = dpo_loss(*errors, s.beta) if s.loss == "dpo" else mapo_loss(*errors[:2])
             (loss.sum() / s.batch).backward()
             parts.append(torch.cat([errors, loss[None], margin[None]]).detach())
+            ledger.unet_forwards += (4 if s.loss == "dpo" else 2) * len(slots)
         parts = torch.cat(parts, 1)
         if state.num_processes > 1:                           # every process took its share of the micro-batches
             parts = gather(parts[None]).movedim(0, 1).flatten(1)
@@ -215,7 +216,6 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
         watch(log[-1], k, s)
         bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", accuracy=f"{log[-1]['accuracy']:.2f}")
         ledger.optimizer_steps += 1
-        ledger.unet_forwards += (4 if s.loss == "dpo" else 2) * s.batch
         if (step + 1) % s.checkpoint_every == 0 and step + 1 < steps and state.is_main_process:
             with atomic(checkpoint) as temporary:
                 torch.save({"unet": trained, "optimizer": optimizer.state_dict(), "step": step + 1,

@@ -147,7 +147,7 @@ def main(argv: list[str]) -> None:
     if few := own.fit(s, ()):
         print(own.told(s, few))
         s = replace(s, **few)
-    launched = re.search(r"--num_processes[= ](\d+)", os.environ.get("SAIL_LAUNCH", ""))
+    launched = re.search(r"--(?:num_processes|nproc[-_]per[-_]node)[= ](\d+)", os.environ.get("SAIL_LAUNCH", ""))
     processes = int(launched[1]) if launched else 1
     table, probe = plan(s, processes)
     whole = table.drop(columns=["stage", "iter", "encodes", "decodes"]).sum().to_dict() | {"stage": "in all"}

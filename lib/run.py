@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,8 @@ class UserError(Exception):
 def run_stage(main) -> None:
     """Run a stage's main: a UserError becomes one line and exit code 2, Ctrl-C a hint and 130."""
     try:
+        if "LOCAL_RANK" in os.environ:
+            join_processes()
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -26,6 +29,15 @@ def run_stage(main) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from here", file=sys.stderr)
         sys.exit(130)
+
+
+def join_processes() -> None:
+    """Become one of those that accelerate launch or torchrun started; without a GPU accelerate has to be told, or each
+    process believes that it is alone. Waiting long for another (one reads the pairs, say) is no failure."""
+    import torch
+    from accelerate import PartialState
+    device = torch.accelerator.current_accelerator(check_available=True)
+    PartialState(cpu=device is None or device.type == "mps", timeout=timedelta(days=1))
 
 
 # ---- atomic files: written under a temporary name, then renamed ----

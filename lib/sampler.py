@@ -35,8 +35,8 @@ def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str, k
     if state.is_main_process:
         encoder.prepare(jobs.prompt.tolist())
     state.wait_for_everyone()
-    if not batches:
-        return
+    if not batches:                                           # another process may have some: meet it at the end
+        return state.wait_for_everyone()
     unet = models.load_unet(s, k) if unet is None else unet
     scheduler, vae = models.load_sampler(s), models.load_vae(s)
     side = s.resolution // 2 ** (len(vae.config.block_out_channels) - 1)

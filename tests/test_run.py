@@ -20,7 +20,7 @@ from lib.run import UserError
 
 MINI = ["--iters", "2", "--seed-pairs", "8", "--holdout-pairs", "6", "--iter-prompts", "3", "--candidates", "4",
         "--draws", "3", "--sample-steps", "3", "--iter0-steps", "4", "--iter-steps", "4", "--batch", "4",
-        "--micro-batch", "4", "--checkpoint-every", "1", "--eval-count", "8", "--lr", "1e-4"]
+        "--micro-batch", "2", "--checkpoint-every", "1", "--eval-count", "8", "--lr", "1e-4"]
 ENV = os.environ | {"SAIL_ACTIVE": "1", "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}",
                     "HF_HUB_OFFLINE": "1"}
 
@@ -41,12 +41,18 @@ def call(number, run, *more):
         return str(error)
 
 
+def rest(run, *stages):
+    """Stages in the driver's order, without its starts of Python, and the evaluation."""
+    for number, k in stages:
+        assert call(number, run, "--iter", str(k)) is None
+    assert call("05", run) is None
+
+
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "mini"
-    done = driver(run)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (run.parent / "output.txt").write_text(done.stdout)
+    assert call("01", run, *MINI) is None
+    rest(run, ("04", 0), ("02", 1), ("03", 1), ("04", 1), ("02", 2), ("03", 2), ("04", 2))
     return run
 
 
@@ -80,7 +86,8 @@ def test_contract_of_every_file(mini):
         assert (mini / "eval" / name).stat().st_size > 100, name
     assert (mini / "seed/preview.png").exists() and (mini / "iter2/preview.png").exists()
     assert not list(mini.rglob("*.tmp")) and not list(mini.rglob("checkpoint*"))
-    images = [i for t in ("seed/pairs", "iter1/pairs") for c in ("win", "lose") for i in pd.read_parquet(mini / f"{t}.parquet")[c]]
+    images = [i for t in ("seed/pairs", "iter1/pairs") for c in ("win", "lose")
+              for i in pd.read_parquet(mini / f"{t}.parquet")[c]]
     for image in images + list(scores.image):
         assert Image.open(mini / image).size == (32, 32)
     from diffusers import UNet2DConditionModel
@@ -135,6 +142,8 @@ def same_results(one, two):
     for name in [*CONTRACT, "eval/scores.parquet", "iter2/rewards.parquet", "iter2/train_log.parquet"]:
         if name != "ledger.parquet":
             a, b = (pd.read_parquet(run / name).drop(columns="seconds", errors="ignore") for run in (one, two))
+            if name == "eval/scores.parquet":                             # a model's folder bears its files' times
+                a.image, b.image = (t.image.str.replace(r"-\w{8}/", "/", regex=True) for t in (a, b))
             pd.testing.assert_frame_equal(a, b, check_exact=True)
     for k in range(3):
         a, b = (load_file(run / f"iter{k}/unet/diffusion_pytorch_model.safetensors") for run in (one, two))
@@ -144,7 +153,7 @@ def same_results(one, two):
 def test_killed_again_and_again_ends_the_same(mini, tmp_path):
     """kill -9 the whole driver in a stage that samples and in one that trains, let it finish: all tables are equal."""
     run = tmp_path / "mini"
-    for moment in (lambda: len(list(run.glob("seed/images/*.png"))) > 3, lambda: (run / "iter1/checkpoint.pt").exists()):
+    for moment in (lambda: len(list(run.glob("seed/images/*.png"))) > 3, lambda: (run / "iter0/checkpoint.pt").exists()):
         process = subprocess.Popen(command(run), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                    start_new_session=True)
         while not moment():
@@ -152,10 +161,79 @@ def test_killed_again_and_again_ends_the_same(mini, tmp_path):
             time.sleep(.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    for number, k in (("04", "1"), ("02", "2"), ("03", "2"), ("04", "2")):           # as the driver would, without its starts
-        assert call(number, run, "--iter", k) is None
-    assert call("05", run) is None
+    assert not (run / "iter0/unet").exists()
+    rest(run, ("04", 0), ("02", 1), ("03", 1), ("04", 1), ("02", 2), ("03", 2), ("04", 2))
     same_results(mini, run)
+
+
+LAUNCHED = """
+import sys
+sys.path.insert(0, {tests!r})
+from accelerate import PartialState
+from conftest import stage
+from lib.run import run_stage
+
+def main(argv):
+    for line in {stages!r}:
+        number, *given = line.split()
+        stage(number).main(["--run", argv[0], *given])
+        PartialState().wait_for_everyone()
+    print(f"process {{PartialState().process_index}} of {{PartialState().num_processes}}")
+
+run_stage(main)
+"""
+
+
+def test_two_processes_equal_one(mini, tmp_path):
+    """Round 1 as `accelerate launch` runs it, here on the CPU: the same candidates, rewards, pairs, training and scores,
+    to the rounding of a sum in another order; and the ledger counts the work of both."""
+    run, script = tmp_path / "two", tmp_path / "launched.py"
+    first = " ".join(["01", *MINI, "--sample-batch", "5", "--rank-batch", "12", "--micro-batch", "1"])
+    stages = [first, "04 --iter 0", "02 --iter 1", "03 --iter 1", "04 --iter 1", "05"]
+    script.write_text(LAUNCHED.format(tests=str(ROOT / "tests"), stages=stages))
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                           "--num_machines", "1", "--main_process_port", "0", script, run],
+                          env=ENV | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "process 1 of 2" in done.stdout, done.stderr[-3000:]
+    read = lambda folder, name: pd.read_parquet(folder / name)
+    for name in ("seed/pairs.parquet", "seed/holdout.parquet", "prompts.parquet", "iter1/candidates.parquet"):
+        pd.testing.assert_frame_equal(read(mini, name), read(run, name))
+    one, two = (read(folder, "iter1/rewards.parquet") for folder in (mini, run))
+    np.testing.assert_allclose(one.reward, two.reward, atol=.01 * one.reward.std())
+    one, two = (read(folder, "iter1/pairs.parquet") for folder in (mini, run))
+    assert one.drop(columns="margin").equals(two.drop(columns="margin"))
+    for k in (0, 1):
+        one, two = (read(folder, f"iter{k}/train_log.parquet") for folder in (mini, run))
+        columns = ["loss", "margin", "grad_norm"]
+        np.testing.assert_allclose(one[columns], two[columns], rtol=.01, atol=.01)
+        one, two = (load_file(folder / f"iter{k}/unet/diffusion_pytorch_model.safetensors") for folder in (mini, run))
+        apart = max((one[name] - two[name]).abs().max() for name in one)
+        assert apart < 4e-4                                               # four steps of 1e-4 in opposite directions: 8e-4
+    one, two = (read(folder, "eval/scores.parquet") for folder in (mini, run))
+    one = one[one.model != "Iter2"].reset_index(drop=True)
+    same = ["model", "prompt", "seed"]
+    pd.testing.assert_frame_equal(one[same], two[same])
+    np.testing.assert_allclose(one.utility, two.utility, atol=.05)
+    counts = ["stage", "iter", "images", "unet_forwards", "optimizer_steps"]
+    one, two = (read(folder, "ledger.parquet")[counts] for folder in (mini, run))
+    done = (one.iter.fillna(0) < 2) & (one.stage != "05_eval")
+    pd.testing.assert_frame_equal(one[done].reset_index(drop=True), two[:-1])
+
+
+def test_the_driver_launches_every_stage_that_is_not_done(tmp_path):
+    """SAIL_LAUNCH stands before every stage, the evaluation included. A stand-in for python prints what it is asked."""
+    run, python = tmp_path / "run", tmp_path / "python"
+    (run / "iter0/unet").mkdir(parents=True)
+    python.write_text('#!/bin/sh\nif [ "$1" = -m ]; then echo "2 $ALPHA $RUN"; else echo "$@"; fi\n')
+    python.chmod(0o755)
+    env = os.environ | {"SAIL_ACTIVE": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "RUN": str(run),
+                        "SAIL_LAUNCH": "python launch -n 2"}
+    for alpha, rounds in (("0.25", ("02", "03", "04")), ("0.0", ("04",))):
+        done = subprocess.run([ROOT / "run_sail.sh", "tiny"], env=env | {"ALPHA": alpha}, capture_output=True, text=True)
+        stages = [("01",), *((number, k) for k in "12" for number in rounds), ("05",)]
+        expected = [" ".join(["launch -n 2", str(next(ROOT.glob(f"{number}_*.py"))), *(f"--iter {k}" for k in k),
+                              f"--run {run}"]) for number, *k in stages]
+        assert done.stdout.splitlines()[1:] == expected
 
 
 def test_a_picture_does_not_depend_on_its_batch(copy):
@@ -299,8 +377,9 @@ def test_anchor_iter0_holds_from_round_2_on(copy):
     ["--alpha", "0", "--sampler", "ddpm", "--cfg-scale", "1", "--prompt-dropout", "0.5", "--optimizer", "adafactor"]])
 def test_ablations_run_to_the_end(tmp_path, settings):
     run = tmp_path / "r"
-    mini_ = ["--iters", "1", "--seed-pairs", "4", "--holdout-pairs", "2", "--iter-prompts", "2", "--candidates", "3", "--draws",
-             "2", "--sample-steps", "2", "--iter0-steps", "2", "--iter-steps", "2", "--batch", "4", "--micro-batch", "4"]
+    mini_ = ["--iters", "1", "--seed-pairs", "4", "--holdout-pairs", "2", "--iter-prompts", "2", "--candidates", "3",
+             "--draws", "2", "--sample-steps", "2", "--iter0-steps", "2", "--iter-steps", "2", "--batch", "4",
+             "--micro-batch", "4"]
     assert call("01", run, *mini_, *settings) is None
     for number, k in (("04", 0), ("02", 1), ("03", 1), ("04", 1)):
         assert call(number, run, "--iter", str(k)) is None
