@@ -155,7 +155,7 @@ def write_results(s: Settings, found: dict[str, int | str], scores: pd.DataFrame
 
 
 def main(argv: list[str]) -> None:
-    s, own = load(argv, __doc__, OWN, create="--preset" in argv)
+    s, own = load(argv, __doc__, OWN, create=any(a.startswith("--preset") for a in argv))
     found = rows_of(s, own)
     with Ledger(s.run, "05_eval", None, str(models.device_of(s))) as ledger:
         prompts = None if own.images else evaluation(s)

@@ -153,14 +153,19 @@ def sheet(rows: list[list[Image.Image]], columns: list[str], labels: list[str], 
     width = max(map(len, rows)) * (side + gap) + gap
     canvas = Image.new("RGB", (width, head + len(rows) * (side + head + gap)), "white")
     draw = ImageDraw.Draw(canvas)
+
+    def fitting(text: str, room: int) -> str:
+        """One line of text, cut where there is no more room."""
+        text = " ".join(str(text).split())
+        while draw.textlength(text, font) > room and len(text) > 4:
+            text = text[:-4] + "..."
+        return text
+
     for j, title in enumerate(columns):
-        draw.text((gap + j * (side + gap), 2), title, "black", font)
+        draw.text((gap + j * (side + gap), 2), fitting(title, side), "black", font)
     for i, row in enumerate(rows):
         top = head + i * (side + head + gap)
-        text = " ".join(labels[i].split())
-        while draw.textlength(text, font) > width - 2 * gap and len(text) > 4:
-            text = text[:-4] + "..."
-        draw.text((gap, top), text, "dimgray", font)
+        draw.text((gap, top), fitting(labels[i], width - 2 * gap), "dimgray", font)
         for j, picture in enumerate(row):
             small = picture.width < side
             canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS),

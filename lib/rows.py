@@ -219,7 +219,7 @@ def read_images(where: str) -> pd.DataFrame:
     """(prompt, style, image: absolute path) of a table of pictures or a folder of them."""
     path = Path(where).expanduser()
     if path.is_dir():
-        tables = [p for name in ("metadata", "images", "scores") for p in sorted(path.glob(f"{name}.*"))
+        tables = [p for name in ("metadata", "images") for p in sorted(path.glob(f"{name}.*"))
                   if p.suffix in (".csv", ".jsonl", ".json", ".parquet")]
         if tables:
             path = tables[0]

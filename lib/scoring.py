@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lib import models, report
 from lib.rows import folder_name
-from lib.run import Ledger, open_image, write_table
+from lib.run import Ledger, UserError, open_image, write_table
 from lib.settings import Settings
 
 CHUNK = 128                                                    # pictures between two files
@@ -39,11 +39,20 @@ def weights_of(s: Settings) -> dict[str, str]:
 def load(s: Settings, score: str):
     """score(prompts, images) -> {column: list of float}."""
     if score == "world":
-        from lib import oracle
-        return lambda prompts, images: {k: v.tolist() for k, v in oracle.score(prompts, report.as_tensor(images)).items()}
+        return score_world
     from lib import scorers
     scorer = scorers.load_scorer(score, weights_of(s).get(score, ""), str(models.device_of(s)), models.dtype_of(s))
     return lambda prompts, images: {score: scorer(prompts, images)}
+
+
+def score_world(prompts: list[str], images: list) -> dict[str, list[float]]:
+    from lib import oracle, world
+    strange = [f"{p!r} is no caption of it" for p in prompts if world.parse(p) is None]
+    strange += [f"a picture has {i.width} x {i.height} pixels" for i in images if i.size != (world.SIZE, world.SIZE)]
+    if strange:
+        raise UserError(f"--scores world: the embedded world knows its own captions and pictures of {world.SIZE} x "
+                        f"{world.SIZE} only, and {strange[0]}; for others give --preset sd15, or other --scores")
+    return {k: v.tolist() for k, v in oracle.score(prompts, report.as_tensor(images)).items()}
 
 
 def score_rows(s: Settings, rows: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], list[str]]:

@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import ROOT, stage
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lib import models, oracle, paper, report, rows, scoring
 from lib.run import UserError, seed_of
 from lib.settings import PRESETS, Settings
 
-SMALL = ["--preset", "tiny", "--eval-count", "4", "--eval-seeds", "1", "--sample-steps", "2", "--device", "cpu"]
+SMALL = ["--preset=tiny", "--eval-count", "4", "--eval-seeds", "1", "--sample-steps", "2", "--device", "cpu"]
 TABLE1 = ROOT.parent / "shared/data/paper_table1.csv"
 
 
@@ -323,6 +324,12 @@ def test_bad_tables_of_pictures_are_told_by_file_and_row(pictures, tmp_path, col
     pd.DataFrame(columns).to_csv(folder / "own.csv", index=False)
     message = refuses(evaluate, tmp_path / "alone", "--images", folder / "own.csv")
     assert all(word in message for word in words), message
+    for caption, size, words in (("a prompt", (32, 32), "'a prompt' is no caption"), (None, (64, 48), "64 x 48 pixels")):
+        Image.new("RGB", size).save(folder / "other.png")
+        caption = caption or pd.read_parquet(folder / "own.parquet").caption[0]
+        pd.DataFrame({"image": ["other.png"], "prompt": [caption]}).to_csv(folder / "other.csv", index=False)
+        message = refuses(evaluate, tmp_path / "alone", "--images", folder / "other.csv")
+        assert words in message and "--preset sd15" in message
     (folder / "1.txt").unlink()
     assert "no caption 1.txt" in refuses(rows.read_images, str(folder))
 
@@ -517,7 +524,6 @@ def test_curves_have_bands_and_other_rows_are_dashed(tmp_path, monkeypatch):
 
 
 def test_hostile_prompts_do_no_harm_to_sheets(tmp_path):
-    from PIL import Image
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
     scores = example(4).assign(prompt="two\nlines <script> \u202e 猫 $x$", image="x.png")
     report.sample_sheet(tmp_path, scores, tmp_path / "sheet.png")
