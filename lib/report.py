@@ -196,7 +196,8 @@ def sample_sheet(run: Path, scores: pd.DataFrame, path: Path, count: int = 8) ->
         -(-count // first["style"].nunique(dropna=False))).prompt_id[:count]
     at = first.set_index(["prompt_id", "model"])
     rows = [[open_image(Path(run) / at.loc[(i, m), "image"], path, 0) for m in models] for i in ids]
-    sheet(rows, models, [at.loc[(i, models[0]), "prompt"] for i in ids], path)
+    side = 96 if max(picture.width for row in rows for picture in row) <= 128 else 192
+    sheet(rows, models, [at.loc[(i, models[0]), "prompt"] for i in ids], path, side)
 
 
 def curves(summary: pd.DataFrame, names: list[str], steps: list[str], judges: list[dict], path: Path) -> None:
