@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,39 @@ def test_random_pair_is_two_candidates_in_order_of_reward(rank, rng):
     win, lose = rank.random_pair(rewards, rng)
     assert (rewards.gather(1, win[:, None]) > rewards.gather(1, lose[:, None])).all()
     assert 10 < (win == rewards.argmax(1)).sum() < 90                     # 2 of 8: the best is in a quarter of them
+
+
+def test_stratified_timesteps_are_one_in_each_part(rank):
+    s = Settings(draws=8, rank_t_min=200, rank_t_max=1000, timesteps="stratified")
+    drawn = torch.stack([rank.reward_draws(s, (1, n), (2, 2, 2))[0] for n in range(50)])
+    assert ((drawn - 200) // 100 == torch.arange(8)).all() and drawn.unique(dim=0).shape[0] > 40
+    uniform = torch.stack([rank.reward_draws(Settings(draws=8, rank_t_min=200), (1, n), (2, 2, 2))[0] for n in range(50)])
+    assert uniform.min() >= 200 and not ((uniform - 200) // 100 == torch.arange(8)).all()
+
+
+def test_balanced_weights_make_every_draw_speak_as_loud(rank, rng):
+    ref = torch.tensor([[.01, .1, 1.]]) * (1 + .1 * torch.rand(200, 3, generator=rng))
+    error = ref * (1 + .05 * torch.randn(200, 3, generator=rng))           # the spread grows with the error
+    weights = rank.balance(ref)
+    assert weights.mean().item() == pytest.approx(1)
+    spread = (weights * rank.implicit_reward(error, ref, 5000.)).std(0)
+    assert spread.max() < 1.2 * spread.min()
+    plain = rank.implicit_reward(error, ref, 5000.).std(0)
+    assert plain.max() > 50 * plain.min()                                  # as it is without them
+
+
+def test_pairs_of_a_small_margin_are_dropped(rank):
+    """A margin counts in its own standard errors, over draws that both pictures share."""
+    groups = [{"key": (1, n), "prompt": str(n)} for n in range(2)]
+    images = np.array([["a", "b", "c"], ["d", "e", "f"]])
+    common = torch.tensor([9., -9., 5., -5.])                              # what a draw adds to all candidates alike
+    sure = torch.stack([common + 1, common, common + 3 + torch.tensor([.1, -.1, .1, -.1])])
+    unsure = torch.stack([torch.tensor([8., -8., 1., 0.]), torch.zeros(4), torch.full((4,), -.1)])
+    for least, kept in ((0., ["0", "1"]), (2., ["0"]), (1e6, [])):
+        pairs = rank.make_pairs(Settings(min_margin=least), 1, groups, images, torch.stack([sure, unsure]))
+        assert list(pairs.prompt) == kept
+    pair = rank.make_pairs(Settings(), 1, groups, images, torch.stack([sure, unsure])).iloc[0]
+    assert (pair.win, pair.lose, pair.source) == ("c", "b", "self") and pair.margin == pytest.approx(3)
 
 
 def tiny_unet(seed=0):

@@ -385,3 +385,22 @@ def test_ablations_run_to_the_end(tmp_path, settings):
         assert call(number, run, "--iter", str(k)) is None
     log = pd.read_parquet(run / "iter1/train_log.parquet")
     assert len(log) == 2 and np.isfinite(log.loss).all()
+
+
+def test_online_dpo_is_ranked_by_a_reward_from_outside(copy):
+    """`--reward`: best and worst by the world's aesthetics, which then also is the judge."""
+    from lib import oracle, report
+    config = json.loads((copy / "config.json").read_text())
+    config["settings"]["reward"] = "world-aesthetics"
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "iter1/pairs.parquet").unlink()
+    assert call("03", copy, "--iter", "1") is None
+    score = lambda t, images: oracle.score(list(t.prompt), report.read_pictures(copy, images))["aesthetics"]
+    rewards, pairs = pd.read_parquet(copy / "iter1/rewards.parquet"), pd.read_parquet(copy / "iter1/pairs.parquet")
+    np.testing.assert_allclose(rewards.reward, score(rewards, rewards.image), atol=1e-6)
+    best = rewards.loc[rewards.groupby("prompt_id").reward.idxmax()].image
+    assert set(pairs.win) == set(best) and set(pairs.source) == {"world-aesthetics"}
+    held = pd.read_parquet(copy / "seed/holdout.parquet")
+    judge = json.loads((copy / "iter1/judge.json").read_text())
+    assert judge["reward"] == "world-aesthetics" and judge["accuracy"] == pytest.approx(
+        (score(held, held.win) > score(held, held.lose)).float().mean().item())
