@@ -2,6 +2,7 @@
 
     3                              model 3 of the run (-1 is the base)
     FOLDER, FILE or owner/name     a diffusers pipeline (its unet/), a UNet, or a low-rank adapter of the base's UNet
+    owner/name/FILE.safetensors    one of several adapters of a hub model
     extrapolate:Iter0:2            weights base + 2 (Iter0 - base): the update of a model of this run, gone further
     guide:Iter0:1.5                prediction Iter0 + 1.5 (Iter0 - base): the same direction, at sampling
     images:PATH                    pictures that exist: a CSV, JSONL or Parquet table with prompt and image, or a folder
@@ -25,6 +26,8 @@ from lib.run import UserError, atomic, inside, open_image, seed_of
 from lib.settings import Settings
 
 ADAPTER = "pytorch_lora_weights.safetensors"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILE = re.compile(HUB_ID.pattern + r"/[\w.-]+\.safetensors")
 # The public checkpoints of the paper's other rows. SAIL's authors released none.
 RIVALS = {"sd15": {"DiffusionDPO": "mhdang/dpo-sd1.5-text2image-v1",
                    "DiffusionSPO": "SPO-Diffusion-Models/SPO-SD-v1-5_4k-p_10ep"},
@@ -51,13 +54,14 @@ def load_unet(s: Settings, where: str) -> UNet2DConditionModel:
 def find(s: Settings, where: str) -> dict[str, str]:
     """What diffusers needs beside `where` to load its UNet, which is of the base's architecture: a subfolder, perhaps a
     variant, or nothing. Or the weight_name of an adapter."""
-    names = names_of(where)
+    source, file = split(where)
+    names = [file] if file else names_of(source)
     folder = next((folder for folder in ("unet/", "") if f"{folder}config.json" in names), None)
     if folder is None:
         adapters = [n for n in names if n.endswith(".safetensors") and "/" not in n]
         if ADAPTER not in adapters and len(adapters) != 1:
             raise UserError(f"{where}: holds no unet/config.json, no config.json and no single .safetensors adapter; give "
-                            f"a diffusers pipeline, a UNet or an adapter")
+                            f"a diffusers pipeline, a UNet or an adapter (its file, where there are several)")
         return {"weight_name": ADAPTER if ADAPTER in adapters else adapters[0]}
     options = {"subfolder": "unet"} if folder else {}
     weights = [n for n in names if n.startswith(f"{folder}diffusion_pytorch_model.")]
@@ -75,14 +79,20 @@ def find(s: Settings, where: str) -> dict[str, str]:
     return options
 
 
+def split(where: str) -> tuple[str, str]:
+    """A folder or hub id, and the name of the file in it that `where` is, or nothing."""
+    folder, _, file = where.rpartition("/")
+    if Path(where).is_file():
+        return folder or ".", file
+    return (folder, file) if HUB_FILE.fullmatch(where) and not Path(folder).exists() else (where, "")
+
+
 def names_of(where: str) -> list[str]:
-    """The files of a local folder (two levels), a local file alone, or a hub model."""
+    """The files of a local folder (two levels) or of a hub model."""
     path = Path(where)
-    if path.is_file():
-        return [path.name]
     if path.is_dir():
         return [p.relative_to(path).as_posix() for p in (*path.glob("*"), *path.glob("*/*"))]
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or path.parent.is_dir():
+    if not HUB_ID.fullmatch(where) or path.parent.is_dir():
         raise UserError(f"{where}: no such file or folder, nor a hub id (owner/name)")
     from huggingface_hub import list_repo_files
     try:
@@ -105,9 +115,8 @@ def adapter_state(s: Settings, where: str, name: str) -> tuple[dict, dict | None
     """The weights of an adapter, in any format that diffusers reads, under diffusers' names, and the scales it has."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     pipeline = StableDiffusionXLPipeline if models.is_sdxl(s.model) else StableDiffusionPipeline
-    source = Path(where).parent if Path(where).is_file() else where
     try:
-        state, alphas = pipeline.lora_state_dict(source, weight_name=name, use_safetensors=True,
+        state, alphas = pipeline.lora_state_dict(split(where)[0], weight_name=name, use_safetensors=True,
                                                  unet_config=SimpleNamespace(**models.unet_config(s)))[:2]
     except Exception as error:                                # each format's reader raises its own kinds
         raise UserError(f"{where}: {name} is no adapter that diffusers reads ({first_line(error)})") from None
@@ -207,10 +216,11 @@ def identity(s: Settings, where: int | str) -> str:
     if files:
         return " ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
     from huggingface_hub import model_info
+    repo = split(where)[0]
     try:
-        return f"{where}@{model_info(where).sha}"
+        return f"{where}@{model_info(repo).sha}"
     except Exception:                                         # offline, the cache's commit is the one that will be loaded
-        return f"{where}@{next((Path(p).parts[-n.count('/') - 2] for n, p in cached(where).items()), '')}"
+        return f"{where}@{next((Path(p).parts[-n.count('/') - 2] for n, p in cached(repo).items()), '')}"
 
 
 # ---- pictures that exist ----

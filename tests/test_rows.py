@@ -142,18 +142,18 @@ def adapters(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["folder", "mine.safetensors", "kohya.safetensors", "hub id"])
+@pytest.mark.parametrize("name", ["folder", "mine.safetensors", "kohya.safetensors", "hub id", "hub file"])
 def test_an_adapter_in_the_weights_equals_diffusers_own(adapters, s, name, tmp_path, monkeypatch):
-    where = adapters / ("folder" if name == "hub id" else name)
+    where = adapters / {"hub id": "folder", "hub file": "kohya.safetensors"}.get(name, name)
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "lib/tiny", dtype=torch.float32)
     base = predicts(pipe.unet)
     if where.is_file():
         pipe.load_lora_weights(where.parent, weight_name=where.name)
     else:
         pipe.load_lora_weights(where)
-    if name == "hub id":
-        hub_cache(monkeypatch, tmp_path, "me/adapter", where)
-        where = "me/adapter"
+    if name.startswith("hub"):
+        hub_cache(monkeypatch, tmp_path, "me/adapter", adapters / "folder" if name == "hub id" else adapters)
+        where = "me/adapter" if name == "hub id" else "me/adapter/kohya.safetensors"
     ours, theirs = predicts(rows.load_row(s, str(where))), predicts(pipe.unet)
     assert (theirs - base).abs().max() > .05
     assert torch.allclose(ours, theirs, atol=1e-4)
@@ -194,7 +194,7 @@ def bad_models(made, adapters, folder: Path) -> dict[str, tuple]:
     return {"sd": ("cross_attention_dim 768", "same architecture"), "clip": ("CLIPTextModel", "UNet2DConditionModel"),
             "empty": ("no unet/config.json", "adapter"), "nowhere": ("no such file or folder",),
             "broken.safetensors": ("no adapter that diffusers reads",), "both.safetensors": ("text_encoder", "--model"),
-            "nothing.safetensors": ("nothing.safetensors",)}
+            "nothing.safetensors": ("nothing.safetensors",), "nowhere/x.safetensors": ("no such file or folder",)}
 
 
 def test_a_row_that_cannot_work_is_refused_before_any_is_drawn(made, adapters, run, s, tmp_path, monkeypatch):
