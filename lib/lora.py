@@ -7,6 +7,7 @@ the adapter off. So iterK/lora is all that model K differs from the base in, and
 
 import contextlib
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]                 # every projectio
 def add_adapters(unet: UNet2DConditionModel, rank: int, last: Path, seed: int) -> None:
     """Put adapters on a frozen base: copies of the one in folder `last`, if it is there, else a new one (B = 0)."""
     if last.exists():
-        for name in ("last", "policy"):
-            unet.load_lora_adapter(load_file(last / FILE), prefix="unet", adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")           # two adapters on purpose
+            for name in ("last", "policy"):
+                unet.load_lora_adapter(load_file(last / FILE), prefix="unet", adapter_name=name)
     else:
         from peft import LoraConfig
         config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS)

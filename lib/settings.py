@@ -74,7 +74,7 @@ class Settings:
                         choices=("dpo", "mapo"))
     start: str = setting("", "a UNet (hub id or folder) to take as Iter0 instead of training it", "SAIL*: DiffusionDPO's")
     beta: float = setting(2000., "strength of the KL anchor in the loss and scale of the reward", "5000")
-    lr: float = setting(1e-5, "learning rate after warm-up", "not given")
+    lr: float = setting(2e-5, "learning rate after warm-up", "not given")
     optimizer: str = setting("adamw", "optimizer", "SD1.5: adamw, SDXL: adafactor", choices=("adamw", "adafactor"))
     weight_decay: float = setting(1e-2, "weight decay", "1e-2 (DiffusionDPO)")
     max_grad_norm: float = setting(1., "gradient clipping", "1.0 (DiffusionDPO)")
@@ -86,7 +86,8 @@ class Settings:
     alpha: float = setting(.25, "share of self-made pairs in a round's training data, 0..1", "0.25")
     prompt_dropout: float = setting(0., "probability of training on the empty prompt", "0.2 (DiffusionDPO)")
     flip: float = setting(0., "probability of mirroring both pictures of a pair", "0.5 (DiffusionDPO, each picture alone)")
-    lora_rank: int = setting(0, "rank of low-rank adapters on the attention layers; 0 trains every weight", "0")
+    lora_rank: int = setting(0, "rank of low-rank adapters on the attention layers, which want a higher --lr (SPO: 6e-5 at "
+                                "rank 4); 0 trains every weight", "0")
     grad_checkpoint: str = setting("off", "recompute activations in the backward pass: less memory, a third more time",
                                    free=True, choices=("off", "on"))
     checkpoint_every: int = setting(40, "optimizer steps between checkpoints to resume from", free=True)
@@ -98,8 +99,8 @@ class Settings:
     score_weights: str = setting("", "weights of the scores, where not the published ones: name=path with commas",
                                  free=True)
     # the machine
-    compile: str = setting("off", "torch.compile the UNets that sample and rank (minutes at the start of a stage)",
-                           free=True, choices=("off", "on"))
+    compile: str = setting("off", "torch.compile the frozen UNets, which sample, rank and are the reference (minutes as a "
+                                  "stage starts)", free=True, choices=("off", "on"))
     device: str = setting("auto", "auto, cpu, cuda or mps", free=True)
     dtype: str = setting("auto", "auto (bf16 on CUDA, float32 elsewhere), float32, bfloat16 or float16",
                          choices=("auto", "float32", "bfloat16", "float16"))
