@@ -6,8 +6,9 @@ An arm is a run of the same stages with other settings. Arms of a run seed share
 links: the pictures of the human pairs, Iter0, base's evaluation. Two processes work at once, each on half of the
 processors; a process imports the stages once and runs arm after arm. The same command continues a stopped study.
 
-Every arm's beta and learning rate were chosen alike: `study --tune` tries the same three settings for each on the
-development prompts with a run seed used for nothing else. The evaluation prompts are fresh.
+Every arm's beta and learning rate were chosen alike: `study --tune` tries the same four settings for each on the
+development prompts, with a run seed used for nothing else, and takes the best that keeps base's alignment. The
+evaluation prompts are fresh.
 
     ./run_sail.sh study                                     everything: about 3 hours on 2 cores
     ./run_sail.sh study --questions rivals --seeds 2        a part of it
@@ -63,10 +64,9 @@ for noise in (0., .4, 1.):
     ARMS[f"seed only, noise {noise:g}"] = (3, f"--label-noise {noise} --alpha 0")
 for arm in ("SAIL", "seed only", "no mixup"):
     ARMS[f"{arm}, 6 rounds"] = (6, ARMS[arm][1])
-TUNED: dict[str, str] = {}                      # settings of an arm where they differ from the preset's; from --tune
-CONTROLS = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")     # of the SAIL runs; tuned too
-CONTROL_GRID = [f"extrapolated x{g}=extrapolate:Iter0:{g}" for g in (1.5, 2, 3, 4)] + \
-               [f"guided {w}=guide:Iter0:{w}" for w in (.5, 1, 2, 3)]
+# Settings of an arm, and of its variants "arm, ...", where tuning found better than the preset's, which are SAIL's own.
+TUNED = {"seed only": "--beta 1000 --lr 1e-5", "DiffusionDPO": "--beta 500 --lr 1e-5", "no mixup": "--lr 1e-5"}
+CONTROLS = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")    # rows of the arm "seed only"
 GRID = ("--beta 2000 --lr 1e-5", "--beta 1000 --lr 1e-5", "--beta 500 --lr 1e-5", "--beta 2000 --lr 2e-5")
 TUNE_ARMS = ("SAIL", "seed only", "random pair", "no mixup", "online DPO", "DiffusionDPO", "MaPO")
 TUNE_SEED, ALIGNMENT_LOSS = 100, .01            # best utility among the settings that lose no more alignment than this
@@ -107,7 +107,7 @@ def settings_of(out: Path, arm: str, seed: int, more: list[str]) -> list[str]:
     _, own = ARMS[arm]
     start = own.format(out=out, seed=seed)
     given = ["--run", str(folder_of(out, arm, seed)), "--seed", str(seed), *COMMON.split(), *start.split(),
-             *TUNED.get(arm, "").split(), *more]
+             *TUNED.get(arm, TUNED.get(arm.split(",")[0], "")).split(), *more]
     return given
 
 
@@ -234,7 +234,7 @@ def tune(own, more: list[str]) -> None:
     for i, setting in enumerate(GRID):
         out = own.out / "tune" / str(i)
         jobs = [(arm, TUNE_SEED, [*setting.split(), "--eval-prompts", "dev", "--eval-count", "160", *more],
-                 CONTROL_GRID if arm == "SAIL" else []) for arm in TUNE_ARMS]
+                 CONTROL_GRID if arm == "seed only" else []) for arm in TUNE_ARMS]
         run_all(out, jobs, own.workers)
         scores, _ = collect(out, jobs)
         for arm, part in scores.groupby("arm", sort=False):
@@ -259,7 +259,7 @@ def main(argv: list[str]) -> None:
     own, more = parser.parse_known_args(argv)
     if own.tune:
         return tune(own, more)
-    jobs = {(arm, seed): (arm, seed, more, list(CONTROLS) if arm == "SAIL" else [])
+    jobs = {(arm, seed): (arm, seed, more, list(CONTROLS) if arm == "seed only" else [])
             for name in own.questions for arm in QUESTIONS[name][1] for seed in range(own.seeds or QUESTIONS[name][2])}
     run_all(own.out, list(jobs.values()), own.workers)
     scores, facts = collect(own.out, list(jobs.values()))
