@@ -216,6 +216,17 @@ def test_lora_rounds_go_on_from_the_last_adapter(base, copy, train):
     assert any(not torch.equal(last[0][k], last[1][k]) for k in last[0])
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_is_saved_is_what_was_trained(base, copy, train, rank):
+    s = copy(lora_rank=rank)
+    policy, _ = train.load_policy(s, 0)
+    nudge(policy, .1 if rank else .02)
+    train.save_model(s, 0, policy)
+    effect = (ask(policy) - ask(base[0].unet)).abs().max()
+    assert (ask(models.load_unet(s, 0)) - ask(policy)).abs().max() < 1e-3 * effect
+    assert (Path(s.run) / "iter0/lora").exists() == bool(rank)
+
+
 def test_lora_trains_in_float32_on_a_base_in_bfloat16(copy, train):
     s = copy(lora_rank=2, dtype="bfloat16", grad_checkpoint="on")
     policy, _ = train.load_policy(s, 0)
