@@ -1,6 +1,9 @@
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                       # what is compared is compared in float32, on the CPU
 
 import pytest
 import torch

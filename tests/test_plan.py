@@ -5,7 +5,7 @@ import subprocess
 
 import pandas as pd
 import pytest
-from conftest import ROOT, stage
+from conftest import ROOT, make_pairs, stage
 
 from lib import plan, probe
 from lib.settings import PRESETS, Settings
@@ -74,6 +74,21 @@ def test_probe_and_table(tmp_path, capsys, monkeypatch):
     training = one[one.stage == "04_train_dpo"].iloc[0]
     expected = training.optimizer_steps * (2 * found.seconds["pair"] + found.seconds["step"]) + 10 * found.seconds["encode"]
     assert training.hours * 3600 == pytest.approx(expected)
+
+
+def test_plan_of_few_own_pairs(tmp_path, monkeypatch, capsys):
+    """It counts what stage 01 would make of them, not the preset's 50,000."""
+    files, seen = make_pairs(tmp_path / "own", 12), []
+
+    def instead(s, processes):
+        seen.append(plan.counts(s).images.iloc[0])
+        raise InterruptedError
+    monkeypatch.setattr(plan, "plan", instead)
+    with pytest.raises(InterruptedError):
+        plan.main(["--plan", "--preset", "sd15", "--pairs", str(files / "pairs.csv"), "--prompts",
+                   str(files / "prompts.txt"), "--eval-prompts", str(files / "eval.txt"), "--run", str(tmp_path / "none")])
+    assert seen == [24]
+    assert "--seed-pairs 10 --holdout-pairs 2" in capsys.readouterr().out
 
 
 def test_too_little_memory_is_said(monkeypatch):
