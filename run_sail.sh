@@ -6,6 +6,8 @@
 #   ./run_sail.sh sd15 --plan                     what a run would cost, before anything is spent
 #   ./run_sail.sh --help                          every setting, its meaning, and the paper's value
 #
+# SAIL_LAUNCH="accelerate launch --num_processes 8" ./run_sail.sh sd15 shares every stage among 8 GPUs; two processes on a
+# CPU: SAIL_LAUNCH="accelerate launch --multi_gpu --num_processes 2".
 # The same command after Ctrl-C, a crash or a power cut continues where it was. SAIL_ACTIVE=1 uses the active Python
 # environment instead of making .venv.
 set -euo pipefail
