@@ -3,6 +3,7 @@
 #
 #   ./run_sail.sh                                 the embedded world, on a CPU, in minutes
 #   ./run_sail.sh tiny --run runs/no-mixup --alpha 1.0 --iters 5
+#   ./run_sail.sh study                           rivals, controls and ablations over several run seeds: hours
 #   ./run_sail.sh sd15 --plan                     what a run would cost, before anything is spent
 #   ./run_sail.sh --help                          every setting, its meaning, and the paper's value
 #

@@ -201,7 +201,8 @@ def training(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> No
     tell("training", "pairs", b, (flop, flop + 2 * b * encode), times, ceiling)
     a, extra = statistics.median(times[0]), statistics.median(times[1]) - statistics.median(times[0])
     real = 1 + extra / a * forward / encoding / REAL[s.preset]
-    print(f"training  ratio  {real:.2f} were UNet and VAE in time as the real ones are in arithmetic; peak memory: ours {mine.bytes / 1e9:.2f} GB, plain {theirs.bytes / 1e9:.2f} GB")
+    print(f"training  ratio  {real:.2f} were UNet and VAE in time as the real ones are in arithmetic; peak memory: ours "
+          f"{mine.bytes / 1e9:.2f} GB, plain {theirs.bytes / 1e9:.2f} GB")
 
 
 # ---- sampling ----

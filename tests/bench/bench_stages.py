@@ -31,7 +31,8 @@ def forward_seconds(unet, channels: int, tokens: tuple[int, int], batch: int, re
 def main(run: Path) -> None:
     s, _ = settings.load(["--run", str(run)], "")
     unet = models.load_unet(s, -1)
-    best = min((forward_seconds(unet, unet.config.in_channels, (12, 64), batch), batch) for batch in (32, 64, 128, 256, 512))
+    best = min((forward_seconds(unet, unet.config.in_channels, (12, 64), batch), batch)
+               for batch in (32, 64, 128, 256, 512))
     cost = report.cost(run)
     training = cost.stage == "04_train_dpo"
     forwards = cost.unet_forwards * training.map({True: 2, False: 1})          # 4 forwards + a backward worth 4
@@ -40,8 +41,9 @@ def main(run: Path) -> None:
     print(f"{settings.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
           f"{best[0] * 1e3:.2f} ms per UNet forward at batch {best[1]}")
     columns = ["stage", "iter", "seconds", "unet_forwards", "floor", "share"]
-    print(pd.concat([cost[columns], pd.DataFrame([{"stage": "all", "seconds": cost.seconds.sum(), "floor": cost.floor.sum(),
-          "unet_forwards": cost.unet_forwards.sum(), "share": cost.floor.sum() / cost.seconds.sum()}])]).round(2).to_string(index=False))
+    whole = cost[["seconds", "unet_forwards", "floor"]].sum().to_dict()
+    whole |= {"stage": "all", "share": whole["floor"] / whole["seconds"]}
+    print(pd.concat([cost[columns], pd.DataFrame([whole])]).round(2).to_string(index=False))
 
 
 if __name__ == "__main__":
