@@ -68,7 +68,7 @@ def test_probe_and_table(tmp_path, capsys, monkeypatch):
     plan.main(["--plan", "--run", str(tmp_path / "none"), *SMALL])
     out = capsys.readouterr().out
     assert "2 x cpu" in out and "in all" in out and not (tmp_path / "none").exists()
-    s = plan.settings_of(["--plan", "--lora-rank", "2", *SMALL])
+    s = plan.settings_of(["--plan", "--run", str(tmp_path / "none"), "--lora-rank", "2", *SMALL])
     one, found = plan.plan(s, 1)
     assert (one.hours > 0).all() and set(found.seconds) == {"encode", "decode", "sample", "rank", "pair", "step"}
     training = one[one.stage == "04_train_dpo"].iloc[0]
