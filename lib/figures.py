@@ -57,7 +57,7 @@ def table_of(scores: pd.DataFrame, facts: pd.DataFrame, arms: list[str], seeds) 
                 line[f"{title}, by seed"] = " ".join(f"{v:+.3f}" for v in values.mean(1))
         fact = facts[(facts.arm == arm) & (facts.model == model) & facts.seed.isin(list(seeds))]
         own = facts[(facts.arm == arm) & facts.seed.isin(list(seeds))]
-        line |= {"human pairs": fact.pairs.max() if len(fact) else 0, "UNet forwards": fact.forwards.mean(),
+        line |= {"human pairs": 0 if name == "base" else own.pairs.max(), "UNet forwards": fact.forwards.mean(),
                  "judge accuracy": own.accuracy.mean() if name == arm else np.nan}
         lines.append(line)
     return pd.DataFrame(lines)
