@@ -118,7 +118,7 @@ def measure(bank: dict) -> pd.DataFrame:
 
 def answer(out: Path, runs: list[Path], k: int = 1) -> None:
     """judge.md, .csv and .png: the estimators over several runs, and where in t the judge knows something."""
-    banks = [errors(run, k) for run in runs]                # made before, or one after the other now
+    banks = [errors(run, k) for run in runs]
     every = pd.concat([measure(b).assign(run=run.name) for b, run in zip(banks, runs)])
     cell = lambda v: "" if np.isnan(v).any() else "{:.3f} [{:.3f}, {:.3f}]".format(*interval(v[:, None].repeat(2, 1)))
     wide = {c: every.pivot(index="run", columns="estimator", values=c)[list(dict.fromkeys(every.estimator))]

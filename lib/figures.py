@@ -75,11 +75,12 @@ def readable(table: pd.DataFrame, first: str) -> str:
         for r in table.to_dict("records")]))
 
 
-def answer(out: Path, name: str, title: str, arms: list[str], seeds, scores: pd.DataFrame, facts: pd.DataFrame) -> None:
-    """A question's table (.md, .csv) and figure (.png)."""
+def answer(out: Path, name: str, title: str, arms: list[str], seeds, scores: pd.DataFrame, facts: pd.DataFrame,
+           notes: list[str] = ()) -> None:
+    """A question's table (.md, .csv; `notes` below it) and figure (.png)."""
     table = table_of(scores, facts, arms, seeds)
     write_text(table.to_csv(index=False, float_format="%.5g"), out / f"{name}.csv")
-    text = f"{title}; {len(list(seeds))} run seeds\n\n{readable(table, arms[0])}"
+    text = f"{title}; {len(list(seeds))} run seeds\n\n{readable(table, arms[0])}" + "".join(f"\n- {note}" for note in notes)
     write_text(text, out / f"{name}.md")
     print(text)
     import matplotlib
@@ -113,6 +114,7 @@ def side_by_side(plt, scores, facts, arms, seeds, table):
     left.set_xlabel("utility: gain over base")
     right.set_xlabel("UNet forwards, thousands")
     right.set_ylabel("utility: gain over base")
+    right.margins(x=.25)                                        # room for the names
     return figure
 
 

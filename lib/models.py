@@ -197,7 +197,9 @@ class PromptEncoder:
         prompts = ["", *dict.fromkeys(p for p in prompts if p)]
         groups = [prompts[i:i + batch] for i in range(0, len(prompts), batch)]
         groups = [g for g in groups if not all(self._path(p).exists() for p in g)]
-        encoders = self._load_encoders() if groups else None
+        if not groups:
+            return self
+        encoders = self._load_encoders()
         for group in groups:                                  # whole groups: the same batch, so the same bits
             for prompt, tensors in zip(group, self._encode(encoders, group)):
                 if not self._path(prompt).exists():

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib import figures, study
+from lib import estimators, figures, study
 
 MINI = ["--seed-pairs", "8", "--holdout-pairs", "4", "--iter-prompts", "2", "--candidates", "3", "--draws", "2",
         "--sample-steps", "2", "--iter0-steps", "2", "--iter-steps", "2", "--batch", "4", "--micro-batch", "4",
         "--eval-count", "4", "--beta", "2000", "--lr", "1e-4"]
-ARMS = ["SAIL", "random pair", "no mixup", "seed only"]
+ARMS = ["SAIL", "random pair", "no mixup", "seed only", "SAIL, 6 rounds"]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,28 @@ def test_sharing_changes_nothing(studied, tmp_path, arm):
     a, b = (pd.read_parquet(folder / "ledger.parquet")[counts].query(other) for folder in (shared, alone))
     sort = lambda table: table.sort_values(["stage", "iter"]).reset_index(drop=True)
     pd.testing.assert_frame_equal(sort(a), sort(b))
+
+
+def test_no_cost_is_counted_twice(studied):
+    """Six rounds go on from SAIL's three, and share with every other arm too."""
+    for arm in ARMS:
+        ledger = pd.read_parquet(study.folder_of(studied[0], arm, 0) / "ledger.parquet")
+        assert not ledger.duplicated(["stage", "iter"]).any()
+        assert (ledger.stage == "04_train_dpo").sum() == study.ARMS[arm][0] + 1
+
+
+def test_a_run_that_ended_early_leaves_its_arm_out_and_is_told():
+    failed = {("SAIL", 1): "iter0, step 68: diverged", ("no mixup", 4): "x"}
+    line, = study.ended_early(failed, ["SAIL", "no mixup"], 3)
+    assert "SAIL, 1 of 3" in line and "step 68" in line
+
+
+def test_the_judges_draws_are_compared(studied):
+    out, _ = studied
+    estimators.answer(out, [study.folder_of(out, "SAIL", 0)])
+    table = pd.read_csv(out / "judge.csv").set_index("estimator")
+    best = table.gap["best and worst in truth"]
+    assert (table.gap <= best + 1e-9).all() and table.accuracy.dropna().between(0, 1).all() and (out / "judge.png").exists()
 
 
 def test_a_finished_arm_is_left_alone_and_settings_are_not_confused(studied):
