@@ -30,7 +30,7 @@ import pandas as pd
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib import estimators, figures  # noqa: E402
+from lib import estimators, figures, plan  # noqa: E402
 from lib.probe import stage  # noqa: E402
 from lib.run import UserError, read_table, run_stage, write_table, write_text  # noqa: E402
 from lib.settings import ROOT, load  # noqa: E402
@@ -78,10 +78,10 @@ QUESTIONS = {                                   # name: (title, arms, run seeds)
     "pairs": ("Which pair, and the mixup", ["SAIL", "random pair", "no mixup", "alpha 0.5", "margin over 2 errors"], 5),
     "reward": ("The reward's settings", ["SAIL", "1 draw", "4 draws", "30 draws", "N = 4", "N = 16", "t below 500",
                "t above 500", "stratified, balanced", "anchor Iter0"], 3),
-    "size": ("Utility against the number of human pairs", [f"{a}, {n} pairs" for a in ("SAIL", "seed only")
-             for n in (32, 64, 512)] + ["SAIL", "seed only", "DiffusionDPO"], 3),
-    "noise": ("Utility against label noise", [f"{a}, noise {n:g}" for a in ("SAIL", "seed only") for n in (0, .4, 1)]
-              + ["SAIL", "seed only"], 3),
+    "size": ("Utility against the number of human pairs", ["SAIL", "seed only", "DiffusionDPO"] +
+             [f"{a}, {n} pairs" for a in ("SAIL", "seed only") for n in (32, 64, 512)], 3),
+    "noise": ("Utility against label noise", ["SAIL", "seed only"] +
+              [f"{a}, noise {n:g}" for a in ("SAIL", "seed only") for n in (0, .4, 1)], 3),
     "rounds": ("Six rounds", [f"{a}, 6 rounds" for a in ("SAIL", "seed only", "no mixup")], 3),
     "judge": ("How the reward's draws are best spent (lib/estimators.py)", ["SAIL"], 3),
 }
@@ -91,11 +91,11 @@ MAKES_SEED = (*MAKES_CAPTIONS, "seed_pairs", "label_noise", "eval_prompts", "eva
 MAKES_ITER0 = ("beta", "lr", "loss", "iter0_steps", "start", "batch", "lora_rank", "flip", "optimizer", "warmup",
                "weight_decay", "prompt_dropout")
 MAKES_REWARDS = ("reward", "draws", "rank_t_min", "rank_t_max", "timesteps", "reward_weights")
-STEPS = (("01_seed", MAKES_SEED, "prompts.parquet", ("seed/*.p*", "seed/images", "seed/latents", "benchmarks.parquet")),
-         ("04_train_dpo 0", MAKES_ITER0, "iter0/unet", ("iter0", "eval/*/Iter0-*")),
-         ("02_generate 1", ("candidates",), "iter1/candidates.parquet", ("iter1/images", "iter1/latents")),
-         ("03_rank 1", (*MAKES_REWARDS, "select", "min_margin"), "iter1/pairs.parquet",
-          ("iter1/rewards.parquet", "iter1/judge.json", "iter1/preview.png")))
+STEPS = ((MAKES_SEED, "seed/*.p*", "seed/images", "seed/latents", "prompts.parquet", "benchmarks.parquet"),
+         (MAKES_ITER0, "iter0", "eval/*/Iter0-*"),
+         (("candidates",), "iter1/candidates.parquet", "iter1/images", "iter1/latents"),
+         ((*MAKES_REWARDS, "select", "min_margin"), "iter1/pairs.parquet", "iter1/rewards.parquet", "iter1/judge.json",
+          "iter1/preview.png"))
 
 
 # ---- running ----
@@ -114,21 +114,16 @@ def settings_of(out: Path, arm: str, seed: int, more: list[str]) -> list[str]:
 
 
 def share(source: Path, target: Path, mine, theirs) -> None:
-    """Hard links of what two runs of one seed have in common, so that a stage finds it made; and what it had cost, so
-    that the ledger is that of a run alone."""
+    """Hard links of what two runs of one seed have in common, so that a stage finds it made."""
     same = lambda names: all(getattr(mine, n) == getattr(theirs, n) for n in names)
-    ledger = lambda folder: pd.read_parquet(folder / "ledger.parquet").pipe(lambda t: t.assign(key=[
-        stage if pd.isna(k) else f"{stage} {k}" for stage, k in zip(t.stage, t.iter)]))
-    old = ledger(target) if (target / "ledger.parquet").exists() else ledger(source)[:0]
-    tops, bought, steps = ["embeds", "eval/*/base-*"], [], STEPS if mine.alpha else STEPS[:2]
-    for key, names, marker, others in steps:
-        if not same(names) or not all(any(source.glob(pattern)) for pattern in (marker, *others)):
+    tops = ["embeds", "eval/*/base-*"]
+    for names, *patterns in STEPS if mine.alpha else STEPS[:2]:
+        if not same(names) or not all(any(source.glob(pattern)) for pattern in patterns):
             break
-        tops, bought = [*tops, *others, marker], [*bought, key]
+        tops += patterns
     everything = [f.name for f in dataclasses.fields(mine) if not f.metadata["free"]]
     if same(everything):                                        # the same arm with fewer rounds
         tops += ["iter[1-9]", "eval/*/Iter[1-9]-*"]
-        bought += [f"{stage} {k}" for stage in ("02_generate", "03_rank", "04_train_dpo") for k in range(1, 7)]
     if same((*MAKES_SEED, *MAKES_REWARDS)):
         tops += ["seed/holdout_errors_-1.json"]
     files = [p for pattern in tops for top in source.glob(pattern) for p in (top, *top.rglob("*")) if p.is_file()]
@@ -140,8 +135,6 @@ def share(source: Path, target: Path, mine, theirs) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists():
             os.link(path, copy)
-    new = ledger(source).query("key in @bought and key not in @old.key")
-    write_table(pd.concat([old, new], ignore_index=True).drop(columns="key"), target / "ledger.parquet")
 
 
 def run_arm(out: Path, arm: str, seed: int, more: list[str], rows: list[str]) -> str:
@@ -154,10 +147,9 @@ def run_arm(out: Path, arm: str, seed: int, more: list[str], rows: list[str]) ->
         return f"{folder.name}: there"
     folder.mkdir(parents=True, exist_ok=True)
     s, _ = load(given, "", create=True)
-    if not (folder / "ledger.parquet").exists():
-        for other in (p.parent for where in (out, out.parent / "0") for p in sorted(where.glob(f"*-{seed}/done.json"))):
-            if other != folder:
-                share(other, folder, s, load(["--run", str(other)], "")[0])
+    for other in (p.parent for where in (out, out.parent / "0") for p in sorted(where.glob(f"*-{seed}/done.json"))):
+        if other != folder:
+            share(other, folder, s, load(["--run", str(other)], "")[0])
     run = ["--run", str(folder)]
     with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not (folder / "prompts.parquet").exists():
@@ -219,20 +211,21 @@ def ended_early(failed: dict[tuple[str, int], str], arms: list[str], seeds: int)
 
 def collect(out: Path, jobs: list[tuple]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores (arm, seed, model, prompt_id, alignment, aesthetics, utility), one row per prompt; and facts of each round
-    (arm, seed, model, pairs, forwards: UNet forwards up to it without the evaluation, accuracy, diversity)."""
+    (arm, seed, model, pairs, forwards: UNet forwards up to it without the evaluation, as the arm alone would take,
+    accuracy, diversity)."""
     scores, facts = [], []
     for arm, seed, *_ in jobs:
         folder = folder_of(out, arm, seed)
         table = read_table(folder / "eval" / "scores.parquet", ("model", "prompt_id", *figures.SCORES), "05_eval.py")
         means = table.groupby(["model", "prompt_id"], sort=False)[figures.SCORES].mean().reset_index()
         scores.append(means.assign(arm=arm, seed=seed))
-        ledger = pd.read_parquet(folder / "ledger.parquet").query("stage != '05_eval'")
-        human = json.loads((folder / "config.json").read_text())["settings"]["seed_pairs"]
+        s = load(["--run", str(folder)], "")[0]
+        cost = plan.counts(s).query("stage != '05_eval'")
         for k in range(ARMS[arm][0] + 1):
             path = folder / f"iter{k + 1}" / "judge.json"       # the judge of round k+1 is model k
             judge = json.loads(path.read_text()) if path.exists() else {}
-            facts.append({"arm": arm, "seed": seed, "model": f"Iter{k}", "pairs": human,
-                          "forwards": int(ledger[ledger.iter.fillna(0) <= k].unet_forwards.sum()),
+            facts.append({"arm": arm, "seed": seed, "model": f"Iter{k}", "pairs": s.seed_pairs,
+                          "forwards": int(cost[cost.iter.fillna(0) <= k].unet_forwards.sum()),
                           "accuracy": judge.get("accuracy"), "diversity": judge.get("diversity")})
     return pd.concat(scores, ignore_index=True), pd.DataFrame(facts)
 
