@@ -54,6 +54,7 @@ ARMS = {                                        # name: (rounds, settings)
     "t below 500": (3, "--rank-t-max 500"), "t above 500": (3, "--rank-t-min 500"),
     "stratified, balanced": (3, "--timesteps stratified --reward-weights balanced"),
     "margin over 2 errors": (3, "--min-margin 2"),
+    "balanced, margin over 2": (3, "--timesteps stratified --reward-weights balanced --min-margin 2"),
     "alpha 0.5": (3, "--alpha .5"),
 }
 for size in (32, 64, 512):                      # few pairs are gone through no more often than the preset's 128
@@ -76,8 +77,10 @@ QUESTIONS = {                                   # name: (title, arms, run seeds)
     "rivals": ("The rows of the paper's table", ["SAIL", "seed only", "seed only, equal exposure", "DiffusionDPO", "MaPO",
                "online DPO", "online DPO, aesthetics", "SAIL*"], 5),
     "pairs": ("Which pair, and the mixup", ["SAIL", "random pair", "no mixup", "alpha 0.5", "margin over 2 errors"], 5),
+    "better": ("Better than the paper's ranking", ["SAIL", "random pair", "stratified, balanced", "t above 500",
+               "margin over 2 errors", "balanced, margin over 2"], 5),
     "reward": ("The reward's settings", ["SAIL", "1 draw", "4 draws", "30 draws", "N = 4", "N = 16", "t below 500",
-               "t above 500", "stratified, balanced", "anchor Iter0"], 3),
+               "t above 500", "anchor Iter0"], 3),
     "size": ("Utility against the number of human pairs", ["SAIL", "seed only", "DiffusionDPO"] +
              [f"{a}, {n} pairs" for a in ("SAIL", "seed only") for n in (32, 64, 512)], 3),
     "noise": ("Utility against label noise", ["SAIL", "seed only"] +
