@@ -251,8 +251,10 @@ def summary_line(k: int, log: pd.DataFrame, judge: Path) -> str:
         j = json.loads(judge.read_text())
         accuracy = f"{j['accuracy']:.2f} [{j['low']:.2f}, {j['high']:.2f}]" if j["pairs"] else "not measured"
         said = f"self-judge {accuracy}, diversity {j['diversity']:.3f}, self-pair margin {j['margin']:.2f} | "
-    return (f"Iter{k}: {said}{len(log)} steps: loss {last.loss:.3f}, winner gain {last.win_error_gain:+.1e}, loser gain "
-            f"{last.lose_error_gain:+.1e}, margin {last.margin:+.2f}, implicit accuracy {last.accuracy:.2f}")
+    gains = f"winner gain {last.win_error_gain:+.1e}, loser gain {last.lose_error_gain:+.1e}, "
+    gains = gains if log.win_error_gain.notna().all() else ""                 # MaPO has no reference to gain on
+    return (f"Iter{k}: {said}{len(log)} steps: loss {last.loss:.3f}, {gains}margin {last.margin:+.2f}, "
+            f"implicit accuracy {last.accuracy:.2f}")
 
 
 def main(argv: list[str]) -> None:

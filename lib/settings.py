@@ -164,6 +164,7 @@ def check(s: Settings) -> Settings:
     need(s.reward in rewards, f"--reward {s.reward}: give one of {', '.join(rewards)}")
     need(not s.reward.startswith("world") or s.pairs == "world", f"--reward {s.reward}: only the embedded world has it")
     need(s.reward == "implicit" or not s.min_margin, "--min-margin: only the implicit reward has draws and so an error")
+    need(s.draws > 1 or not s.min_margin, "--min-margin: one draw has no error; give --draws 2 or more")
     need(s.batch % s.micro_batch == 0, f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}")
     need(0 <= s.prompt_dropout < 1, f"--prompt-dropout {s.prompt_dropout}: must lie in 0..1")
     need(0 <= s.flip <= 1, f"--flip {s.flip}: must lie in 0..1")

@@ -95,6 +95,53 @@ def test_all_stages_on_both_architectures(tmp_path, scorer, xl, prediction, rank
     assert (draw() - kept).abs().max() < .02 * (base - kept).abs().max()
 
 
+@pytest.mark.parametrize("xl", [False, True])
+def test_every_ablation_and_rival_on_both_architectures(tmp_path, scorer, xl):
+    """The settings of lib/study.py's arms, several in a run, with the presets of the paper's models."""
+    make_pipeline(tmp_path / "model", xl, "epsilon")
+    files = make_pairs(tmp_path / "own")
+
+    def run(name: str, *changes: str, rows: tuple[str, ...] = ()):
+        folder = tmp_path / name
+        stage("01").main(["--preset", "sdxl" if xl else "sd15", "--run", str(folder), "--model", str(tmp_path / "model"),
+                          "--vae", "", "--pairs", str(files / "pairs.csv"), "--prompts", str(files / "prompts.txt"),
+                          "--eval-prompts", str(files / "eval.txt"), "--score-weights", f"pickscore={scorer}", *SMALL,
+                          *changes])
+        s, _ = settings.load(["--run", str(folder)], "")
+        stage("04").main(["--run", str(folder), "--iter", "0"])
+        for k in range(1, s.iters + 1):
+            for number in ("02", "03", "04") if s.alpha else ("04",):
+                stage(number).main(["--run", str(folder), "--iter", str(k)])
+        stage("05").main(["--run", str(folder), *(part for row in rows for part in ("--row", row))])
+        return folder, pd.read_parquet(folder / "eval/scores.parquet").set_index("model")
+    weights = lambda folder, k: load_file(folder / f"iter{k}/unet/diffusion_pytorch_model.safetensors")
+    judge = lambda folder, k: json.loads((folder / f"iter{k}/judge.json").read_text())
+
+    mapo, _ = run("mapo", "--loss", "mapo", "--iters", "0")                         # a rival: no rounds, no reference
+    log = pd.read_parquet(mapo / "iter0/train_log.parquet")
+    assert np.isfinite(log.loss).all() and log.win_error_gain.isna().all()
+
+    seed, table = run("seed-only", "--alpha", "0", "--start", str(mapo / "iter0/unet"),
+                      rows=("further=extrapolate:Iter0:2", "same=extrapolate:Iter0:1", "guided=guide:Iter0:0"))
+    given, kept = weights(mapo, 0), weights(seed, 0)
+    assert all(torch.equal(given[name], kept[name]) for name in given) and not (seed / "iter1/images").exists()
+    for row in ("same", "guided"):                                                  # gamma 1 and w 0 are Iter0 itself
+        assert np.allclose(table.loc[row].pickscore, table.loc["Iter0"].pickscore, atol=1e-4)
+    assert not np.allclose(table.loc["further"].pickscore, table.loc["Iter0"].pickscore, atol=1e-4)
+
+    high, _ = run("high-t", "--iters", "2", "--anchor", "iter0", "--select", "random", "--alpha", "0.5", "--candidates", "4",
+                  "--timesteps", "stratified", "--reward-weights", "balanced", "--rank-t-min", "500", "--min-margin", ".001")
+    rewards, pairs = (pd.read_parquet(high / f"iter2/{name}.parquet") for name in ("rewards", "pairs"))
+    assert rewards.groupby("prompt_id").reward.nunique().eq(4).all() and (pairs.margin > 0).all()
+    assert [judge(high, k)["anchor"] for k in (1, 2)] == ["base", "Iter0"] and judge(high, 2)["select"] == "random"
+
+    online, _ = run("online", "--reward", "pickscore", "--alpha", "1")              # the loop, ranked from outside
+    rewards, pairs = (pd.read_parquet(online / f"iter1/{name}.parquet") for name in ("rewards", "pairs"))
+    best = rewards.loc[rewards.groupby("prompt_id").reward.idxmax()]
+    assert list(pairs.win) == list(best.image) and set(pairs.source) == {"pickscore"}
+    assert judge(online, 1)["reward"] == "pickscore" and len(pd.read_parquet(online / "iter1/train_log.parquet")) == 2
+
+
 # ---- a hundred pairs are enough to start ----
 
 def test_a_preset_fits_itself_to_few_pairs(tmp_path, capsys):
