@@ -86,8 +86,8 @@ def answer(out: Path, name: str, title: str, arms: list[str], seeds, scores: pd.
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    draw = {"size": over_setting, "noise": over_setting, "rounds": over_rounds}.get(name, side_by_side)
-    figure = draw(plt, scores, facts, arms, seeds, table)
+    drawings = {"rounds": over_rounds} | dict.fromkeys(("size", "noise", "alpha"), over_setting)
+    figure = drawings.get(name, side_by_side)(plt, scores, facts, arms, seeds, table)
     figure.suptitle(f"{title} ({len(list(seeds))} run seeds, 95% intervals)", fontsize=10)
     figure.tight_layout()
     with atomic(out / f"{name}.png") as temporary:
@@ -119,23 +119,32 @@ def side_by_side(plt, scores, facts, arms, seeds, table):
 
 
 def over_setting(plt, scores, facts, arms, seeds, table):
-    """Utility gain against the number of human pairs, or against label noise; one line per method."""
-    figure, axis = plt.subplots(figsize=(6, 4))
-    noise = any("noise" in arm for arm in arms)
+    """Gains against the number of human pairs, label noise, or the share of self-made pairs; one line per method."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
+    names = {"noise": "label noise (temperature, in units of utility)", "alpha": "alpha, the share of self-made pairs"}
+    preset = {"noise": .15, "alpha": .25}                       # of the arms that do not name it
+    kind = next((k for k in names if any(f", {k} " in arm for arm in arms)), "")
     lines: dict[str, list] = {}
-    for r in table[table["row"].isin(arms)].to_dict("records"):
-        method, _, rest = r["row"].partition(", ")
-        x = (float(rest.split()[1]) if rest else .15) if noise else r["human pairs"]
-        lines.setdefault(method, []).append((x, r["over base"], r["over base low"], r["over base high"]))
+    for name, arm, model in rows_of(scores, arms):
+        if name in arms:
+            method, _, rest = arm.partition(", ")
+            pairs = facts[(facts.arm == arm) & facts.seed.isin(list(seeds))].pairs.max()
+            x = (float(rest.split()[1]) if rest else preset[kind]) if kind else pairs
+            gains = [values_of(scores, arm, model, seeds, score) - values_of(scores, arm, "base", seeds, score)
+                     for score in ("utility", "alignment")]
+            lines.setdefault(method, []).append((x, *interval(gains[0]), *interval(gains[1])))
     for i, (method, points) in enumerate(lines.items()):
-        x, y, low, high = np.array(sorted(points)).T
-        axis.errorbar(x, y, [y - low, high - y], fmt="o-", capsize=3, color=f"C{i}", label=method)
-    if not noise:
-        axis.set_xscale("log", base=2)
-    axis.set_xlabel("label noise (temperature, in units of utility)" if noise else "human pairs")
-    axis.set_ylabel("utility: gain over base")
-    axis.legend()
-    axis.grid(alpha=.3)
+        x, *ends = np.array(sorted(points)).T
+        for axis, (y, low, high) in zip(axes, (ends[:3], ends[3:])):
+            axis.errorbar(x, y, [y - low, high - y], fmt="o-", capsize=3, color=f"C{i}", label=method)
+    for axis, score in zip(axes, ("utility", "alignment")):
+        if not kind:
+            axis.set_xscale("log", base=2)
+        axis.set_xlabel(names.get(kind, "human pairs"))
+        axis.set_ylabel(f"{score}: gain over base")
+        axis.axhline(0, color="gray", lw=.8)
+        axis.grid(alpha=.3)
+    axes[0].legend(fontsize=8)
     return figure
 
 

@@ -52,11 +52,13 @@ ARMS = {                                        # name: (rounds, settings)
     "N = 4": (3, "--candidates 4"), "N = 16": (3, "--candidates 16"),
     "anchor Iter0": (3, "--anchor iter0"),      # round 1 keeps the base: Iter0 against itself says nothing
     "t below 500": (3, "--rank-t-max 500"), "t above 500": (3, "--rank-t-min 500"),
-    "stratified, balanced": (3, "--timesteps stratified --reward-weights balanced"),
+    "balanced": (3, "--timesteps stratified --reward-weights balanced"),
     "margin over 2 errors": (3, "--min-margin 2"),
     "balanced, margin over 2": (3, "--timesteps stratified --reward-weights balanced --min-margin 2"),
-    "alpha 0.5": (3, "--alpha .5"),
 }
+for alpha in (.5, 1.):
+    for judge in ("SAIL", "balanced", "online DPO"):
+        ARMS[f"{judge}, alpha {alpha:g}"] = (3, f"{ARMS[judge][1]} --alpha {alpha}")
 for size in (32, 64, 512):                      # few pairs are gone through no more often than the preset's 128
     few = f"--seed-pairs {size} --iter0-steps {min(100, 100 * size // 128)}"
     ARMS[f"SAIL, {size} pairs"] = (3, few)
@@ -76,11 +78,14 @@ TUNE_SEED, ALIGNMENT_LOSS = 100, .01            # best utility among the setting
 QUESTIONS = {                                   # name: (title, arms, run seeds)
     "rivals": ("The rows of the paper's table", ["SAIL", "seed only", "seed only, equal exposure", "DiffusionDPO", "MaPO",
                "online DPO", "online DPO, aesthetics", "SAIL*"], 5),
-    "pairs": ("Which pair, and the mixup", ["SAIL", "random pair", "no mixup", "alpha 0.5", "margin over 2 errors"], 5),
-    "better": ("Better than the paper's ranking", ["SAIL", "random pair", "stratified, balanced", "t above 500",
+    "pairs": ("Which pair, and the mixup",
+              ["SAIL", "random pair", "no mixup", "SAIL, alpha 0.5", "margin over 2 errors"], 5),
+    "better": ("Better than the paper's ranking", ["SAIL", "random pair", "balanced", "t above 500",
                "margin over 2 errors", "balanced, margin over 2"], 5),
     "reward": ("The reward's settings", ["SAIL", "1 draw", "4 draws", "30 draws", "N = 4", "N = 16", "t below 500",
                "t above 500", "anchor Iter0"], 3),
+    "alpha": ("The share of self-made pairs that a judge is good for", [f"{judge}{share}" for judge in
+              ("SAIL", "balanced", "online DPO") for share in ("", ", alpha 0.5", ", alpha 1")], 3),
     "size": ("Utility against the number of human pairs", ["SAIL", "seed only", "DiffusionDPO"] +
              [f"{a}, {n} pairs" for a in ("SAIL", "seed only") for n in (32, 64, 512)], 3),
     "noise": ("Utility against label noise", ["SAIL", "seed only"] +
@@ -116,8 +121,8 @@ def settings_of(out: Path, arm: str, seed: int, more: list[str]) -> list[str]:
     return given
 
 
-def share(source: Path, target: Path, mine, theirs) -> None:
-    """Hard links of what two runs of one seed have in common, so that a stage finds it made."""
+def share(source: Path, target: Path, mine, theirs, rounds: int) -> None:
+    """Hard links of what two runs of one seed have in common, so that a stage finds it made; rounds: of the target."""
     same = lambda names: all(getattr(mine, n) == getattr(theirs, n) for n in names)
     tops = ["embeds", "eval/*/base-*"]
     for names, *patterns in STEPS if mine.alpha else STEPS[:2]:
@@ -125,8 +130,8 @@ def share(source: Path, target: Path, mine, theirs) -> None:
             break
         tops += patterns
     everything = [f.name for f in dataclasses.fields(mine) if not f.metadata["free"]]
-    if same(everything):                                        # the same arm with fewer rounds
-        tops += ["iter[1-9]", "eval/*/Iter[1-9]-*"]
+    if same(everything):                                        # the same arm with more or fewer rounds
+        tops += [top for k in range(1, rounds + 1) for top in (f"iter{k}", f"eval/*/Iter{k}-*")]
     if same((*MAKES_SEED, *MAKES_REWARDS)):
         tops += ["seed/holdout_errors_-1.json"]
     files = [p for pattern in tops for top in source.glob(pattern) for p in (top, *top.rglob("*")) if p.is_file()]
@@ -152,7 +157,7 @@ def run_arm(out: Path, arm: str, seed: int, more: list[str], rows: list[str]) ->
     s, _ = load(given, "", create=True)
     for other in (p.parent for where in (out, out.parent / "0") for p in sorted(where.glob(f"*-{seed}/done.json"))):
         if other != folder:
-            share(other, folder, s, load(["--run", str(other)], "")[0])
+            share(other, folder, s, load(["--run", str(other)], "")[0], rounds)
     run = ["--run", str(folder)]
     with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not (folder / "prompts.parquet").exists():
