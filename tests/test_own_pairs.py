@@ -129,8 +129,9 @@ def test_every_ablation_and_rival_on_both_architectures(tmp_path, scorer, xl):
         assert np.allclose(table.loc[row].pickscore, table.loc["Iter0"].pickscore, atol=1e-4)
     assert not np.allclose(table.loc["further"].pickscore, table.loc["Iter0"].pickscore, atol=1e-4)
 
-    high, _ = run("high-t", "--iters", "2", "--anchor", "iter0", "--select", "random", "--alpha", "0.5", "--candidates", "4",
-                  "--timesteps", "stratified", "--reward-weights", "balanced", "--rank-t-min", "500", "--min-margin", ".001")
+    high, _ = run("high-t", "--iters", "2", "--anchor", "iter0", "--select", "random", "--alpha", "0.5", "--candidates",
+                  "4", "--timesteps", "stratified", "--reward-weights", "balanced", "--rank-t-min", "500", "--min-margin",
+                  ".001")
     rewards, pairs = (pd.read_parquet(high / f"iter2/{name}.parquet") for name in ("rewards", "pairs"))
     assert rewards.groupby("prompt_id").reward.nunique().eq(4).all() and (pairs.margin > 0).all()
     assert [judge(high, k)["anchor"] for k in (1, 2)] == ["base", "Iter0"] and judge(high, 2)["select"] == "random"
