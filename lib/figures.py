@@ -120,6 +120,7 @@ def side_by_side(plt, scores, facts, arms, seeds, table):
 
 def over_setting(plt, scores, facts, arms, seeds, table):
     """Gains against the number of human pairs, label noise, or the share of self-made pairs; one line per method."""
+    from matplotlib.transforms import offset_copy
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
     names = {"noise": "label noise (temperature, in units of utility)", "alpha": "alpha, the share of self-made pairs"}
     preset = {"noise": .15, "alpha": .25}                       # of the arms that do not name it
@@ -135,9 +136,9 @@ def over_setting(plt, scores, facts, arms, seeds, table):
             lines.setdefault(method, []).append((x, *interval(gains[0]), *interval(gains[1])))
     for i, (method, points) in enumerate(lines.items()):
         x, *ends = np.array(sorted(points)).T
-        x *= 1 + .03 * i                                        # side by side, to be read
         for axis, (y, low, high) in zip(axes, (ends[:3], ends[3:])):
-            axis.errorbar(x, y, [y - low, high - y], fmt="o-", capsize=3, color=f"C{i}", label=method)
+            beside = offset_copy(axis.transData, figure, 5 * (i - (len(lines) - 1) / 2), 0, "points")
+            axis.errorbar(x, y, [y - low, high - y], fmt="o-", capsize=3, color=f"C{i}", label=method, transform=beside)
     for axis, score in zip(axes, ("utility", "alignment")):
         if not kind:
             axis.set_xscale("log", base=2)

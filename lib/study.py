@@ -73,6 +73,8 @@ for arm in ("SAIL", "seed only", "no mixup"):
 TUNED = {"seed only": "--beta 1000 --lr 1e-5", "DiffusionDPO": "--beta 500 --lr 1e-5", "no mixup": "--lr 1e-5"}
 CONTROLS = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")    # rows of the arm "seed only"
 GRID = ("--beta 2000 --lr 1e-5", "--beta 1000 --lr 1e-5", "--beta 500 --lr 1e-5", "--beta 2000 --lr 2e-5")
+CONTROL_GRID = [f"extrapolated x{g}=extrapolate:Iter0:{g}" for g in (1.5, 2, 3, 4)] + \
+               [f"guided {w}=guide:Iter0:{w}" for w in (.5, 1, 2, 3)]
 TUNE_ARMS = ("SAIL", "seed only", "random pair", "no mixup", "online DPO", "DiffusionDPO", "MaPO")
 TUNE_SEED, ALIGNMENT_LOSS = 100, .01            # best utility among the settings that lose no more alignment than this
 QUESTIONS = {                                   # name: (title, arms, run seeds)
@@ -85,7 +87,7 @@ QUESTIONS = {                                   # name: (title, arms, run seeds)
     "reward": ("The reward's settings", ["SAIL", "1 draw", "4 draws", "30 draws", "N = 4", "N = 16", "t below 500",
                "t above 500", "anchor Iter0"], 3),
     "alpha": ("The share of self-made pairs that a judge is good for", [f"{judge}{share}" for judge in
-              ("SAIL", "balanced", "online DPO") for share in ("", ", alpha 0.5", ", alpha 1")], 3),
+              ("SAIL", "balanced", "online DPO") for share in ("", ", alpha 0.5", ", alpha 1")], 5),
     "size": ("Utility against the number of human pairs", ["SAIL", "seed only", "DiffusionDPO"] +
              [f"{a}, {n} pairs" for a in ("SAIL", "seed only") for n in (32, 64, 512)], 3),
     "noise": ("Utility against label noise", ["SAIL", "seed only"] +
@@ -239,7 +241,8 @@ def collect(out: Path, jobs: list[tuple]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def tune(own, more: list[str]) -> None:
-    """Every arm of TUNE_ARMS with every setting of GRID, on development prompts and a run seed of its own."""
+    """Every arm of TUNE_ARMS with every setting of GRID, on development prompts and a run seed of its own; and gamma and w
+    of the controls, of which the best are those of the Iter0 that "seed only" is best with."""
     rows = []
     for i, setting in enumerate(GRID):
         out = own.out / "tune" / str(i)
@@ -249,12 +252,15 @@ def tune(own, more: list[str]) -> None:
         scores, _ = collect(out, [job for job in jobs if job[:2] not in failed])
         for arm, part in scores.groupby("arm", sort=False):
             means = part.groupby("model")[figures.SCORES].mean()
-            wanted = [f"Iter{ARMS[arm][0]}", *(m for m in means.index if m.startswith(("extrapolated", "guided")))]
-            rows += [{"arm": arm if m.startswith("Iter") else m, "setting": setting}
+            wanted = [f"Iter{ARMS[arm][0]}", *(row.split("=")[0] for row in CONTROL_GRID if arm == "seed only")]
+            rows += [{"arm": arm if m.startswith("Iter") else m.split()[0], "model": m, "setting": setting}
                      | (means.loc[m] - means.loc["base"]).round(4).to_dict() for m in wanted]
     table = pd.DataFrame(rows)
-    allowed = table[table.alignment >= -ALIGNMENT_LOSS]
-    table["best"] = table.index.isin(allowed.groupby("arm").utility.idxmax())
+    best = lambda part: part[part.alignment >= -ALIGNMENT_LOSS].groupby("arm").utility.idxmax()
+    arms = best(table[table.arm.isin(TUNE_ARMS)])
+    controls = table[~table.arm.isin(TUNE_ARMS)]
+    controls = controls[controls.setting == table.setting.get(arms.get("seed only"))]
+    table["best"] = table.index.isin([*arms, *best(controls)])
     write_text(table.to_csv(index=False), own.out / "tune.csv")
     print("gains over base on development prompts\n" + table.sort_values(["arm", "setting"]).to_string(index=False))
 

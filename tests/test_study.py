@@ -82,6 +82,23 @@ def test_tables_and_figures_say_what_the_runs_did(studied):
     assert "no mixup" in (out / "pairs.md").read_text() and (out / "pairs.png").stat().st_size > 1000
 
 
+def test_tuning_takes_the_best_setting_that_keeps_alignment(tmp_path, monkeypatch):
+    """The arms and the settings cut down; the controls are chosen on the Iter0 of the arm's own best setting."""
+    monkeypatch.setattr(study, "GRID", ("--beta 2000 --lr 1e-4", "--beta 2000 --lr 5e-4"))
+    monkeypatch.setattr(study, "TUNE_ARMS", ("seed only",))
+    monkeypatch.setattr(study, "CONTROL_GRID", [study.CONTROL_GRID[0], study.CONTROL_GRID[-1]])
+    monkeypatch.setattr(study, "ALIGNMENT_LOSS", 9.)                    # four prompts say little: any setting may be best
+    study.main(["--out", str(tmp_path), "--tune", "--workers", "1", *MINI[:-4], "--eval-count", "4"])
+    table = pd.read_csv(tmp_path / "tune.csv")
+    assert len(table) == 2 * (1 + len(study.CONTROL_GRID)) and table.groupby("arm").best.sum().eq(1).all()
+    arm, controls = table[table.arm == "seed only"], table[table.arm != "seed only"]
+    assert arm[arm.best].utility.item() == arm.utility.max()
+    assert set(controls[controls.best].setting) == set(arm[arm.best].setting)
+    scores = pd.read_parquet(study.folder_of(tmp_path / "tune/1", "seed only", 100) / "eval/scores.parquet")
+    means = scores.groupby("model").utility.mean()
+    assert arm.utility.iloc[1] == pytest.approx(means["Iter3"] - means["base"], abs=1e-4)
+
+
 def test_interval_covers_the_truth_as_often_as_it_says():
     """Means of a population of run seeds and of prompts, 5 seeds and 60 prompts at a time."""
     rng, covered = np.random.default_rng(0), 0

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from lib import lora, models, settings
-from lib.run import Ledger, UserError
+from lib.run import UserError
 
 
 @pytest.fixture(scope="module")
