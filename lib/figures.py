@@ -137,6 +137,7 @@ def over_setting(plt, scores, facts, arms, seeds, table):
     for i, (method, points) in enumerate(lines.items()):
         x, *ends = np.array(sorted(points)).T
         for axis, (y, low, high) in zip(axes, (ends[:3], ends[3:])):
+            axis.plot([*x, *x], [*low, *high], alpha=0)         # the limits of the axes: shifted points do not count
             beside = offset_copy(axis.transData, figure, 5 * (i - (len(lines) - 1) / 2), 0, "points")
             axis.errorbar(x, y, [y - low, high - y], fmt="o-", capsize=3, color=f"C{i}", label=method, transform=beside)
     for axis, score in zip(axes, ("utility", "alignment")):

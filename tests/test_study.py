@@ -79,6 +79,15 @@ def test_tables_and_figures_say_what_the_runs_did(studied):
     assert table.loc["no mixup", "over base"] == pytest.approx(kept["Iter3"] - kept["base"])
     assert table.loc["seed only", "UNet forwards"] < table.loc["SAIL", "UNet forwards"]
     figures.answer(out, "pairs", "title", ARMS, range(1), scores, facts)
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure = figures.over_setting(plt, scores, facts, ["SAIL", "no mixup"], range(1), table)
+    for axis, score in zip(figure.axes, ("utility", "alignment")):              # the points lie within the axes
+        gains = [table.loc[row, score] - table.loc["base", score] for row in ("SAIL", "no mixup")]
+        (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+        assert left < table.loc["SAIL", "human pairs"] < right and low < min(gains) and max(gains) < high
+    plt.close(figure)
     assert "no mixup" in (out / "pairs.md").read_text() and (out / "pairs.png").stat().st_size > 1000
 
 
