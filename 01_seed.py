@@ -1,160 +1,307 @@
-"""Stage 01: the human pairs everything starts from, and the prompts of all later rounds and of the evaluation.
+"""Stage 01: the human pairs that everything starts from, and the prompts of all that follows.
 
-reads   the evaluation's prompts (`--eval-prompts`: the embedded world's, benchmarks by name, files), the pair source
-        (`--pairs`: the embedded world, Pick-a-Pic v2, or one's own pairs), the rounds' prompts (`--prompts`)
-writes  config.json, seed/pairs.parquet, seed/holdout.parquet (pair_id, prompt, win, lose, source), seed/images/,
-        seed/latents/, seed/preview.png, benchmarks.parquet (benchmark, style, prompt_id), prompts.parquet (prompt_id,
-        prompt, split)
+reads   the evaluation's prompts (--eval-prompts: the embedded world's, benchmarks by name, files),
+        the source of pairs (--pairs: the embedded world, Pick-a-Pic v2, or one's own pairs),
+        the prompts of the rounds (--prompts)
+writes  config.json
+        seed/pairs.parquet, seed/holdout.parquet   pair_id, prompt, win, lose, source
+        seed/images/, seed/latents/, seed/preview.png
+        seed/people.json                           embedded world: how far its people agree
+        benchmarks.parquet                         benchmark, style, prompt_id
+        prompts.parquet                            prompt_id, prompt, split (iter1, ..., eval)
 
-SAIL's promise is that few human labels are enough (the paper: 50K of Pick-a-Pic's 0.8M pairs). The held-out pairs
-are labelled by people too, are never trained on, and measure how well the model judges (stage 03). A benchmark is
-fixed, so its prompts are set aside first: no human pair and no round has one of them, nor a round one of the pairs'.
+SAIL's promise is that few human labels are enough (the paper: 50K of Pick-a-Pic's 0.8M pairs). The
+held-out pairs are labelled by people too. They are never trained on, and measure how well the model
+judges (stage 03). A benchmark is fixed, so its prompts are set aside first: no human pair and no
+round has one of them, nor has a round one of the human pairs'.
 
-In the embedded world this stage plays the people: the base model draws two pictures for a caption, and an annotator
-with hidden taste picks one, with Bradley-Terry noise, P(a > b) = sigmoid((u_a - u_b) / label_noise).
+In the embedded world this stage plays the people. The base model draws two pictures for a caption,
+and an annotator with hidden taste u picks one, with Bradley-Terry noise:
+
+    P(a > b) = sigmoid((u_a - u_b) / label_noise)
 
     python 01_seed.py --run runs/tiny
-    python 01_seed.py --run runs/mine --pairs mine/pairs.csv --prompts mine/prompts.txt --eval-prompts mine/eval.txt
+    python 01_seed.py --run runs/mine --pairs mine/pairs.csv --prompts mine/prompts.txt \\
+                      --eval-prompts mine/eval.txt
 """
 
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from accelerate import PartialState
-from tqdm import tqdm
 
-from lib import benchmarks, models, oracle, own, report
-from lib import pairs as outside
-from lib.run import Ledger, UserError, generator, open_image, run_stage, save_image, seed_of, write_table
+from lib import models
+from lib.data import few, prompts
+from lib.data.pairs import read_pairs
+from lib.data.pictures import decode
+from lib.run import (Ledger, UserError, bar, generator, is_main, keep_code, open_image, run_stage,
+                     save_image, seed_of, wait, write_json, write_table)
 from lib.sampler import paint
 from lib.settings import Settings, amend, load, round_prompts
+from lib.sheets import pair_sheet, read_pictures
+from lib.world import captions, people
 
-WRITING = 64                                   # images that may wait to be decoded and written
+WRITING = 64                    # pictures that may wait in memory to be decoded and written
 
 
-def round_counts(s: Settings) -> dict[str, int]:
+def prompt_counts(s: Settings) -> dict[str, int]:
+    """How many new prompts each round needs, by the name of its split."""
     return {f"iter{k}": round_prompts(s, k) for k in range(1, s.iters + 1)}
 
 
-def world_splits(s: Settings) -> tuple[dict[str, list[str]], list[str]]:
-    """The prompts of each round, and the captions left for human pairs."""
-    rest, counts = benchmarks.permuted(benchmarks.world_captions()["rest"], "world pools", s.seed), round_counts(s)
+# ---- the embedded world: its people are played here ----
+
+def split_world(s: Settings) -> tuple[dict[str, list[str]], list[str]]:
+    """The captions of each round, and those left for human pairs."""
+    rest = captions.permuted(captions.world_captions()["rest"], "world pools", s.seed)
+    counts = prompt_counts(s)
     if sum(counts.values()) + 2 > len(rest):
-        raise UserError(f"--iters {s.iters} --iter-prompts {s.iter_prompts}: the embedded world has {len(rest) - 2} "
-                        f"prompts for the rounds; ask for fewer")
-    left = iter(rest)
-    return {split: [next(left) for _ in range(count)] for split, count in counts.items()}, list(left)
+        raise UserError(f"--iters {s.iters} --iter-prompts {s.iter_prompts}: the embedded world "
+                        f"has {len(rest) - 2} prompts for the rounds; ask for fewer")
+
+    # Each round takes its prompts off the top; what is left goes to people.
+    splits = {}
+    for split, count in counts.items():
+        splits[split] = rest[:count]
+        rest = rest[count:]
+    return splits, rest
 
 
-def world_pairs(s: Settings, captions: list[str], ledger: Ledger) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Seed and held-out pairs on different captions, and a word on the labels."""
-    run, count = Path(s.run), s.seed_pairs + s.holdout_pairs
-    held = captions[:min(s.holdout_pairs, len(captions) // 2)]
-    free = captions[len(held):]
-    prompts = [free[i % len(free)] for i in range(s.seed_pairs)] + \
-              [held[i % len(held)] for i in range(s.holdout_pairs)]
-    jobs = pd.DataFrame([{"prompt": prompt, "seed": seed_of(s.seed, "seed pair", i, side),
-                          "image": f"seed/images/{i:05d}_{side}.png"}
-                         for i, prompt in enumerate(prompts) for side in "ab"])
-    paint(s, -1, jobs, ledger, "seed images", keep_latents=True)
-    utility = oracle.score(jobs.prompt.tolist(), report.read_pictures(run, jobs.image))["utility"].reshape(count, 2)
-    first = oracle.first_wins(utility[:, 0], utility[:, 1], s.label_noise, generator(s.seed, "annotator"))
-    against = (first != (utility[:, 0] > utility[:, 1])).float().mean().item()
-    images = jobs.image.to_numpy().reshape(count, 2)
-    pairs = pd.DataFrame({"pair_id": [f"human-{i:05d}" for i in range(count)], "prompt": prompts,
-                          "win": np.where(first, images[:, 0], images[:, 1]),
-                          "lose": np.where(first, images[:, 1], images[:, 0]), "source": "human"})
-    return pairs[:s.seed_pairs], pairs[s.seed_pairs:], f"{against:.0%} of the labels go against the annotators' own utility"
+def world_pairs(s: Settings, free: list[str],
+                ledger: Ledger) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    """Human pairs and held-out pairs on different captions, and how far the people agree."""
+    # Captions are few: where there are more pairs than captions, they come again in turn.
+    held_out = free[:min(s.holdout_pairs, len(free) // 2)]
+    trained_on = free[len(held_out):]
+    prompts_of_pairs = list(islice(cycle(trained_on), s.seed_pairs))
+    prompts_of_pairs += islice(cycle(held_out), s.holdout_pairs)
+
+    # The base draws two pictures, a and b, for each caption.
+    jobs = []
+    for i, prompt in enumerate(prompts_of_pairs):
+        for side in "ab":
+            jobs.append({
+                "prompt": prompt,
+                "seed": seed_of(s.seed, "seed pair", i, side),
+                "image": f"seed/images/{i:05d}_{side}.png",
+            })
+    jobs = pd.DataFrame(jobs)
+    paint(s, models.BASE, jobs, ledger, "seed images", keep_latents=True)
+
+    # An annotator looks at both and prefers one.
+    pictures = read_pictures(Path(s.run), jobs.image)
+    utility = people.score(jobs.prompt.tolist(), pictures)["utility"]
+    u_a, u_b = utility.reshape(-1, 2).T
+    a_wins = people.first_wins(u_a, u_b, s.label_noise, generator(s.seed, "annotator"))
+
+    image_a, image_b = jobs.image.to_numpy().reshape(-1, 2).T
+    pairs = pd.DataFrame({
+        "pair_id": [f"human-{i:05d}" for i in range(len(prompts_of_pairs))],
+        "prompt": prompts_of_pairs,
+        "win": np.where(a_wins, image_a, image_b),
+        "lose": np.where(a_wins, image_b, image_a),
+        "source": "human",
+    })
+
+    # People err: how often, and what that leaves for a judge to agree on.
+    against = a_wins != (u_a > u_b)
+    again, perfect_judge = people.self_agreement(u_a, u_b, s.label_noise)
+    agreement = {
+        "labels_against_their_own_utility": against.float().mean().item(),
+        "agree_with_themselves": again,
+        "agree_with_a_perfect_judge": perfect_judge,
+    }
+    return pairs[:s.seed_pairs], pairs[s.seed_pairs:], agreement
 
 
-def choose_pairs(s: Settings, evaluation: set[str], skipped: Counter) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The first seed_pairs and holdout_pairs of the source's shuffled stream, written as square images by threads;
-    held-out pairs are those whose prompt the seed does not have. Counts what was skipped, by reason."""
-    run, rows, held, taken, writing = Path(s.run), [], [], set(), deque()
-    write = lambda image, path: path.exists() or save_image(outside.decode(image, s.resolution), path)
-    total = s.seed_pairs + s.holdout_pairs
-    with ThreadPoolExecutor() as pool, tqdm(total=total, desc="human pairs", unit="pair") as bar:
-        for pair in outside.read_pairs(s.pairs, s.seed, skipped, evaluation):
-            seeding, prompt = len(rows) < s.seed_pairs, outside.fold(pair["prompt"])
-            if not seeding and prompt in taken:
+# ---- pairs from outside ----
+
+def choose_pairs(s: Settings, evaluation: set[str],
+                 skipped: Counter) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The first pairs of the source's shuffled stream: to train on, then to hold out.
+
+    A held-out pair has a prompt that no pair of the training has. `skipped` counts, by reason, the
+    rows that gave no pair.
+    """
+    run = Path(s.run)
+    wanted = s.seed_pairs + s.holdout_pairs
+    training, held_out, trained_on = [], [], set()
+
+    writing = deque()
+    progress = bar(None, "human pairs", "pair", total=wanted)
+    with ThreadPoolExecutor() as pool, progress:
+        for pair in read_pairs(s.pairs, s.seed, skipped, evaluation):
+            prompt = prompts.fold(pair["prompt"])
+            row = table_row(pair)
+            if len(training) < s.seed_pairs:
+                training.append(row)
+                trained_on.add(prompt)
+            elif prompt not in trained_on:
+                held_out.append(row)
+            else:
                 skipped["held-out prompt in the seed"] += 1
                 continue
-            taken |= {prompt} if seeding else set()
-            name = f"seed/images/{pair['pair_id']}"
-            row = {"pair_id": pair["pair_id"], "prompt": pair["prompt"], "win": f"{name}_w.jpg", "lose": f"{name}_l.jpg",
-                   "source": "human"}
-            (rows if seeding else held).append(row)
-            writing += [pool.submit(write, pair[side], run / row[side]) for side in ("win", "lose")]
+
+            for side in ("win", "lose"):
+                path = run / row[side]
+                writing.append(pool.submit(write_square, pair[side], path, s.resolution))
+
+            # Few pictures wait in memory, and an error of a writing thread is raised here.
             while len(writing) > WRITING:
                 writing.popleft().result()
-            bar.update()
-            if len(rows) + len(held) == total:         # before the stream opens another shard
+            progress.update()
+
+            # Stop before the stream opens another shard.
+            if len(training) + len(held_out) == wanted:
                 break
-        while writing:
-            writing.popleft().result()
-    if len(rows) < s.seed_pairs or len(held) < s.holdout_pairs:
-        raise UserError(f"{s.pairs}: has {len(rows)} pairs for the seed and {len(held)} on other prompts to hold out; "
-                        f"--seed-pairs {s.seed_pairs} and --holdout-pairs {s.holdout_pairs} ask more; give smaller "
-                        f"numbers or more pairs")
-    return pd.DataFrame(rows), pd.DataFrame(held, columns=list(rows[0]))
+        for future in writing:
+            future.result()
+
+    if len(training) < s.seed_pairs or len(held_out) < s.holdout_pairs:
+        raise UserError(f"{s.pairs}: has {len(training)} pairs for the seed and {len(held_out)} on "
+                        f"other prompts to hold out; --seed-pairs {s.seed_pairs} and "
+                        f"--holdout-pairs {s.holdout_pairs} ask more; give smaller numbers or more "
+                        f"pairs")
+    return pd.DataFrame(training), pd.DataFrame(held_out, columns=list(training[0]))
+
+
+def table_row(pair: dict) -> dict:
+    name = f"seed/images/{pair['pair_id']}"
+    return {
+        "pair_id": pair["pair_id"],
+        "prompt": pair["prompt"],
+        "win": f"{name}_w.jpg",
+        "lose": f"{name}_l.jpg",
+        "source": "human",
+    }
+
+
+def write_square(encoded: bytes | Path, path: Path, resolution: int) -> None:
+    if not path.exists():
+        save_image(decode(encoded, resolution), path)
 
 
 def outside_pairs(s: Settings, evaluation: set[str]) -> tuple[dict[str, list[str]], str]:
-    """Write the tables and images of seed and held-out pairs; the prompts of each round, and a word on the labels.
-    Prompts that cannot suffice are refused before the first image is fetched."""
-    skipped, counts = Counter(), round_counts(s)
-    pool = None if s.prompts == "pairs" else outside.read_prompts(s.prompts)
-    if pool is not None:
-        benchmarks.split_prompts(pool, evaluation, counts, s.seed)
-    seed, holdout = choose_pairs(s, evaluation, skipped)
-    taken = evaluation | {*seed.prompt, *holdout.prompt}
+    """Write the tables and pictures of the human pairs; return the prompts of each round.
+
+    With them comes a word on what was skipped. Prompts that cannot suffice are refused before the
+    first picture is fetched.
+    """
+    # A file of prompts is read and counted first.
+    skipped = Counter()
+    counts = prompt_counts(s)
+    pool = None
+    if s.prompts != "pairs":
+        pool = prompts.read_prompts(s.prompts)
+        prompts.split_prompts(pool, evaluation, counts, s.seed)
+
+    human, holdout = choose_pairs(s, evaluation, skipped)
+
+    # The rounds' prompts are none of the evaluation's and none of the human pairs'.
+    taken = evaluation | set(human.prompt) | set(holdout.prompt)
     if pool is None:
-        pool = outside.pair_prompts(s.pairs, s.seed, taken, sum(counts.values()))
-    splits = benchmarks.split_prompts(pool, taken, counts, s.seed)
-    write_table(seed, Path(s.run) / "seed" / "pairs.parquet")
+        pool = prompts.pair_prompts(s.pairs, s.seed, taken, sum(counts.values()))
+    splits = prompts.split_prompts(pool, taken, counts, s.seed)
+
+    write_table(human, Path(s.run) / "seed" / "pairs.parquet")
     write_table(holdout, Path(s.run) / "seed" / "holdout.parquet")
-    return splits, "skipped: " + (", ".join(f"{reason} {count}" for reason, count in skipped.items()) or "none")
+    reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
+    return splits, f"skipped: {reasons or 'none'}"
+
+
+def encode_pairs(s: Settings, ledger: Ledger) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The two tables, when the latents of all their pictures are made."""
+    # Every picture, and the row that names it: an error will say so.
+    run = Path(s.run)
+    tables, pictures = [], []
+    for path in (run / "seed" / "pairs.parquet", run / "seed" / "holdout.parquet"):
+        table = pd.read_parquet(path)
+        tables.append(table)
+        for row, pair in enumerate(table.itertuples(), start=1):
+            pictures += [(run / pair.win, path, row), (run / pair.lose, path, row)]
+
+    images = [image for image, _, _ in pictures]
+    models.ensure_latents(images, s, lambda i: open_image(*pictures[i]))
+    if is_main():
+        ledger.images += len(images)
+    return tuple(tables)
+
+
+# ---- the stage ----
+
+def is_done(s: Settings) -> bool:
+    run = Path(s.run)
+    if not (run / "prompts.parquet").exists():
+        return False
+    if not (run / "seed" / "pairs.parquet").exists():
+        raise UserError(f"{run}: was made to compare models and has no seed; give the run another "
+                        f"folder with --run")
+    return True
+
+
+def fit_to_few_pairs(s: Settings, evaluation: pd.DataFrame) -> Settings:
+    """The settings, in which a preset's large numbers shrink to what a small file of pairs has."""
+    changes = few.fit_to_few_pairs(s, evaluation.prompt)
+    if not changes:
+        return s
+    print(few.as_flags(s, changes))
+    return amend(s, changes)
 
 
 def main(argv: list[str]) -> None:
     s, _ = load(argv, __doc__, create=True)
-    run, state = Path(s.run), PartialState()
-    tables = [run / "seed" / "pairs.parquet", run / "seed" / "holdout.parquet"]
-    if (run / "prompts.parquet").exists():
-        if not tables[0].exists():
-            raise UserError(f"{run}: was made to compare models and has no seed; give the run another folder with --run")
-        return state.print(f"01 seed: {run}/seed is there, nothing to do")
-    if state.is_main_process:                  # a bad benchmark is refused before anything is fetched or painted
-        evaluation = benchmarks.load(s.eval_prompts, s.eval_count, s.pairs)
-        if few := own.fit(s, evaluation.prompt):
-            print(own.told(s, few))
-            s = amend(s, few)
-    if s.pairs == "world":
-        splits, captions = world_splits(s)
+    run = Path(s.run)
+    if is_done(s):
+        if is_main():
+            print(f"01 seed: {run}/seed is there, nothing to do")
+        return
+
+    # A bad benchmark is refused before anything is fetched or painted.
+    if is_main():
+        keep_code(run, __file__)
+        evaluation = prompts.evaluation_prompts(s.eval_prompts, s.eval_count, s.pairs)
+        s = fit_to_few_pairs(s, evaluation)
+
     with Ledger(run, "01_seed", None, str(models.device_of(s))) as ledger:
         if s.pairs == "world":
-            seed, holdout, labels = world_pairs(s, captions, ledger)
+            splits, free = split_world(s)
+            human, holdout, agreement = world_pairs(s, free, ledger)
+            remark = (f"{agreement['labels_against_their_own_utility']:.0%} of the labels go "
+                      f"against the annotators' own utility")
+            if is_main():
+                write_json(agreement, run / "seed" / "people.json")
         else:
-            if state.is_main_process:
-                splits, labels = outside_pairs(s, set(evaluation.prompt))
-            state.wait_for_everyone()
-            seed, holdout = map(pd.read_parquet, tables)
-            images = [(run / image, table, row) for table, pairs in zip(tables, (seed, holdout))
-                      for row, sides in enumerate(zip(pairs.win, pairs.lose)) for image in sides]
-            models.ensure_latents([image for image, *_ in images], s, lambda i: open_image(*images[i]))
-            ledger.images += len(images) if state.is_main_process else 0
-        if state.is_main_process:
-            prompts = [prompt for pool in splits.values() for prompt in pool] + list(dict.fromkeys(evaluation.prompt))
-            models.PromptEncoder(s).prepare([*seed.prompt, *prompts])
-            write_table(seed, tables[0])
-            write_table(holdout, tables[1])
-            report.pair_sheet(run, seed.head(24), run / "seed" / "preview.png", ("preferred", "other"))
-            benchmarks.write_prompts(run, splits, evaluation)
-            print(f"01 seed: {len(seed)} human pairs, {len(holdout)} held out; {labels}; {len(prompts)} prompts for the "
-                  f"rounds and the evaluation; see {run}/seed/preview.png")
+            if is_main():
+                splits, remark = outside_pairs(s, set(evaluation.prompt))
+            wait()
+            human, holdout = encode_pairs(s, ledger)
+
+        if is_main():
+            write_results(s, human, holdout, splits, evaluation, remark)
+
+
+def write_results(s: Settings, human: pd.DataFrame, holdout: pd.DataFrame,
+                  splits: dict[str, list[str]], evaluation: pd.DataFrame, remark: str) -> None:
+    # All prompts that the run will ever need are encoded here, once.
+    run = Path(s.run)
+    new_prompts = []
+    for pool in splits.values():
+        new_prompts += pool
+    new_prompts += dict.fromkeys(evaluation.prompt)
+    models.PromptEncoder(s).prepare([*human.prompt, *new_prompts])
+
+    # prompts.parquet comes last: it marks the stage as done.
+    write_table(human, run / "seed" / "pairs.parquet")
+    write_table(holdout, run / "seed" / "holdout.parquet")
+    pair_sheet(run, human.head(24), run / "seed" / "preview.png", ("preferred", "other"))
+    prompts.write_prompts(run, splits, evaluation)
+
+    print(f"01 seed: {len(human)} human pairs, {len(holdout)} held out; {remark}; "
+          f"{len(new_prompts)} prompts for the rounds and the evaluation; "
+          f"see {run}/seed/preview.png")
 
 
 if __name__ == "__main__":

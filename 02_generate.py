@@ -1,12 +1,15 @@
 """Stage 02: N candidates per new prompt, drawn from the current model.
 
 reads   prompts.parquet (split iterK), the model of round K-1 (iter(K-1)/unet/)
-writes  iterK/candidates.parquet (prompt_id, prompt, candidate, seed, image), iterK/images/, iterK/latents/
+writes  iterK/candidates.parquet   prompt_id, prompt, candidate, seed, image
+        iterK/images/, iterK/latents/
 
-    x_0^(1..N) ~ p_theta(. | y),  theta = the current model, y from a prompt set no earlier round has seen
+    x_0^(1..N) ~ p_theta(. | y),   theta = the current model, y from a set of prompts that no
+                                   earlier round has seen
 
-The sampler's own latents are kept, so that stages 03 and 04 never run the VAE. A candidate's noise depends on
-(run seed, round, prompt, candidate) alone: the same picture whatever the batch size or the point of resume.
+The sampler's own latents are kept, so that stages 03 and 04 never run the VAE. A candidate's noise
+depends on (run seed, round, prompt, candidate) alone: the picture is the same whatever the batch
+size, the number of processes or the point of resume.
 
     python 02_generate.py --run runs/tiny --iter 1
 """
@@ -14,33 +17,53 @@ The sampler's own latents are kept, so that stages 03 and 04 never run the VAE. 
 from pathlib import Path
 
 import pandas as pd
-from accelerate import PartialState
 
 from lib import models
-from lib.run import Ledger, read_prompts, run_stage, seed_of, write_table
+from lib.run import Ledger, is_main, keep_code, read_prompts, run_stage, seed_of, write_table
 from lib.sampler import paint
 from lib.settings import ITER, Settings, load
 
 
 def candidate_jobs(s: Settings, k: int, prompts: pd.DataFrame) -> pd.DataFrame:
-    """One row per candidate; a prompt's N candidates stand together, so it is encoded once for all of them."""
-    return pd.DataFrame([{"prompt_id": p.prompt_id, "prompt": p.prompt, "candidate": n,
-                          "seed": seed_of(s.seed, "candidate", k, int(p.prompt_id), n),
-                          "image": f"iter{k}/images/{p.prompt_id:06d}_{n:02d}.png"}
-                         for p in prompts.itertuples() for n in range(s.candidates)])
+    """One row per candidate: what to draw, from which random seed, and where it goes."""
+    jobs = []
+    for row in prompts.itertuples():
+        for candidate in range(s.candidates):
+            seed = seed_of(s.seed, "candidate", k, int(row.prompt_id), candidate)
+            image = f"iter{k}/images/{row.prompt_id:06d}_{candidate:02d}.png"
+            jobs.append({
+                "prompt_id": row.prompt_id,
+                "prompt": row.prompt,
+                "candidate": candidate,
+                "seed": seed,
+                "image": image,
+            })
+    return pd.DataFrame(jobs)
 
 
 def main(argv: list[str]) -> None:
-    s, own = load(argv, __doc__, ITER)
-    k, table = own.iter, Path(s.run) / f"iter{own.iter}" / "candidates.parquet"
+    s, stage = load(argv, __doc__, ITER)
+    k = stage.iter
+    table = Path(s.run) / f"iter{k}" / "candidates.parquet"
     if table.exists():
-        return print(f"02 generate: {table} is there, nothing to do")
-    jobs = candidate_jobs(s, k, read_prompts(s.run, f"iter{k}"))
+        print(f"02 generate: {table} is there, nothing to do")
+        return
+
+    # read
+    if is_main():
+        keep_code(s.run, __file__)
+    prompts = read_prompts(s.run, f"iter{k}")
+    jobs = candidate_jobs(s, k, prompts)
+
+    # compute: the pictures and their latents are files of their own
     with Ledger(s.run, "02_generate", k, str(models.device_of(s))) as ledger:
         paint(s, k - 1, jobs, ledger, f"iter{k} candidates", keep_latents=True)
-    if PartialState().is_main_process:
+
+    # write
+    if is_main():
         write_table(jobs, table)
-        print(f"02 generate, iter {k}: {len(jobs)} candidates for {jobs.prompt.nunique()} prompts from model {k - 1}")
+        print(f"02 generate, iter {k}: {len(jobs)} candidates for {len(prompts)} prompts from "
+              f"model {k - 1}")
 
 
 if __name__ == "__main__":

@@ -1,50 +1,54 @@
-"""Stage 03: the model ranks its own candidates by its implicit reward; best and worst become a pair.
+"""Stage 03: the model ranks its own candidates by its implicit reward; the extremes make a pair.
 
-reads   iterK/candidates.parquet, iterK/latents/, seed/holdout.parquet, the model of round K-1 and the anchor
-writes  iterK/rewards.parquet (candidates + reward, reward_se), iterK/pairs.parquet (pair_id, prompt, win, lose, source,
-        margin), iterK/judge.json, iterK/preview.png
+reads   iterK/candidates.parquet, iterK/latents/, seed/holdout.parquet,
+        the model of round K-1 and the anchor
+writes  iterK/draws.parquet     prompt_id, candidate, draw, t, error, anchor_error, reward
+        iterK/rewards.parquet   candidates + reward, reward_se
+        iterK/pairs.parquet     pair_id, prompt, win, lose, source, margin, prompt_id
+        iterK/holdout_draws.parquet   pair_id, side, draw, t, error, anchor_error, reward
+        iterK/judge.json, iterK/preview.png
 
-The implicit reward (equations 6-9 of the paper) is what Diffusion-DPO trains, read backwards: the denoising error
-that the current model theta saves against the anchor ref,
+The implicit reward (the paper's equations 6 to 9) is what Diffusion-DPO trains, read backwards: the
+denoising error that the current model theta saves against the anchor ref,
 
-    r(y, x_0) = -(beta / 2) E_{t, eps} [ ||eps - eps_theta(x_t, y, t)||^2 - ||eps - eps_ref(x_t, y, t)||^2 ]
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,       p(x_a > x_b | y) = sigmoid(r_a - r_b)
+    r(y, x_0) = -(beta / 2) E_{t, eps} [ ||eps - eps_theta(x_t, y, t)||^2
+                                         - ||eps - eps_ref(x_t, y, t)||^2 ]             (8)
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
+    p(x_a > x_b | y) = sigmoid(r_a - r_b)                                               (9)
 
-with the mean over `draws` (t, eps) that all candidates of a prompt share: what a draw adds to all of them alike
-cancels in the comparison. The norm is a mean over C, h, w as in the loss, so beta means the same in both.
+with the mean over D draws of (t, eps), which all candidates of a prompt share. The norm is a mean
+over C, h, w as in the loss, so that beta means the same in both.
 
-judge.json asks whether this self-judge agrees with people: its accuracy on held-out human pairs. Online DPO, a rival
-row, is the same loop with `--reward` from outside: one of stage 05's scores ranks instead of the model.
+judge.json asks whether this self-judge agrees with people: its accuracy on held-out human pairs.
 
     python 03_rank.py --run runs/tiny --iter 1
 """
 
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from tqdm import tqdm
 
-from lib import models, report
-from lib.run import (Ledger, UserError, generator, inside, latent_path, read_pairs, read_table, run_stage, write_json,
-                     write_table)
+from lib import models, tracking
+from lib.diffusion import denoising_error, repeat
+from lib.intervals import wilson
+from lib.models import BASE
+from lib.rivals.balanced import balance
+from lib.rivals.random_pair import random_pair
+from lib.run import (Ledger, UserError, bar, gathered, generator,
+                     inside, is_main, keep_code, latent_path, my_share, read_pairs, read_table,
+                     run_stage, wait, write_json, write_table)
 from lib.settings import ITER, Settings, load
+from lib.sheets import pair_sheet
 
 
-def implicit_reward(error: torch.Tensor, ref_error: torch.Tensor, beta: float) -> torch.Tensor:
-    """Equation 8 before its expectation: (..., draws) denoising errors of model and anchor -> reward of each draw."""
-    return -beta / 2 * (error - ref_error)
+# ---- the method: pure functions of tensors ----
 
-
-def balance(ref_error: torch.Tensor) -> torch.Tensor:
-    """Weights (1, draws) of mean 1 for (n, draws) anchor errors: the inverse of a draw's error. Not in the paper: the
-    spread of a draw's reward grows with its error, so that in the plain mean some timesteps speak louder."""
-    weights = 1 / ref_error.mean(0, keepdim=True)
-    return weights / weights.mean()
+def implicit_reward(error: torch.Tensor, anchor_error: torch.Tensor, beta: float) -> torch.Tensor:
+    """Equation 8 before its mean: errors (..., D) of model and anchor -> rewards (..., D)."""
+    return -beta / 2 * (error - anchor_error)
 
 
 def best_and_worst(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,172 +56,404 @@ def best_and_worst(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rewards.argmax(1), rewards.argmin(1)
 
 
-def random_pair(rewards: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ablation: two of the N candidates at random, still ordered by their reward."""
-    two = torch.stack([torch.randperm(rewards.shape[1], generator=rng)[:2] for _ in rewards])     # (P, 2)
-    order = rewards.gather(1, two).argsort(1, descending=True)
-    return tuple(two.gather(1, order).T)
-
-
-def reward_draws(s: Settings, key: tuple, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Timesteps (draws,) and noise (draws, C, h, w), shared by all pictures compared under one key."""
-    rng = generator(s.seed, "reward", *key)
-    if s.timesteps == "stratified":                                       # one in each of `draws` equal parts
-        parts = (torch.arange(s.draws) + torch.rand(s.draws, generator=rng)) / s.draws
-        t = s.rank_t_min + (parts * (s.rank_t_max - s.rank_t_min)).long()
-    else:
-        t = torch.randint(s.rank_t_min, s.rank_t_max, (s.draws,), generator=rng)
-    return t, torch.randn((s.draws, *shape), generator=rng)
-
-
 @torch.no_grad()
-def errors_of(s: Settings, unets: list, groups: list[dict], ledger: Ledger, title: str) -> dict[str, torch.Tensor]:
-    """Denoising errors {group key: (len(unets), n, draws)} of groups {key: tuple, prompt, images: n paths}.
+def errors_of_prompts(unets: list, schedule, latents: torch.Tensor, t: torch.Tensor,
+                      noise: torch.Tensor, condition: dict) -> torch.Tensor:
+    """e(x_0) of every candidate at every draw, by every model: (models, P, N, D).
 
-    Whole groups fill a batch of up to rank_batch noised latents, on which every model is asked.
+    latents (P, N, C, h, w) are the N candidates of each of P prompts, t (P, D) and
+    noise (P, D, C, h, w) the prompts' draws. For one prompt, P is 1; several only fill a batch.
     """
-    state, scheduler, encoder = PartialState(), models.load_schedule(s), models.PromptEncoder(s)
-    if state.is_main_process:
-        encoder.prepare([g["prompt"] for g in groups])
-    state.wait_for_everyone()
-    device = models.device_of(s)
-    per_batch = max(1, s.rank_batch // (max(len(g["images"]) for g in groups) * s.draws))
-    batches = [groups[i:i + per_batch] for i in range(0, len(groups), per_batch)]
-    found = []
-    for batch in tqdm(batches[state.process_index::state.num_processes], desc=title, unit="batch",
-                      disable=not state.is_local_main_process):
-        latents, _ = models.stack_latents([image for g in batch for image in g["images"]])       # (n_total, C, h, w)
-        sizes = [len(g["images"]) for g in batch]
-        draws = [reward_draws(s, g["key"], latents.shape[1:]) for g in batch]
-        x0 = latents.to(device).repeat_interleave(s.draws, 0)                                    # image-major, draw-minor
-        t = torch.cat([d[0].repeat(n) for d, n in zip(draws, sizes)]).to(device)
-        noise = torch.cat([d[1].to(device).repeat(n, 1, 1, 1) for d, n in zip(draws, sizes)])
-        x_t = scheduler.add_noise(x0, noise, t)
-        forwards = torch.tensor(sizes, device=device) * s.draws
-        condition = {name: v.repeat_interleave(forwards, 0, output_size=len(x0))
-                     for name, v in encoder([g["prompt"] for g in batch]).items()}
-        errors = torch.stack([models.denoising_error(u, scheduler, x_t, x0, noise, t, condition) for u in unets])
-        found += zip(batch, errors.reshape(len(unets), -1, s.draws).split(sizes, 1))
-        ledger.unet_forwards += len(unets) * len(x_t)
-    found = [(json.dumps(g["key"]), e.cpu().numpy()) for g, e in found]      # read once: no batch waits for the device
-    return {key: torch.from_numpy(e) for key, e in gather_object(found)}
+    P, N, *shape = latents.shape
+    D = t.shape[1]
+
+    # Every candidate of a prompt meets the same D draws: what a draw adds to all of them alike
+    # cancels in the comparison.
+    x_0 = latents[:, :, None].expand(P, N, D, *shape)
+    noise = noise[:, None].expand(P, N, D, *shape)
+    t = t[:, None].expand(P, N, D)
+
+    # One long batch: prompt by prompt, candidate by candidate, draw by draw.
+    x_0 = x_0.flatten(0, 2)                                                     # (P*N*D, C, h, w)
+    noise = noise.flatten(0, 2)
+    t = t.flatten()
+    condition = repeat(condition, N * D)
+
+    errors = [denoising_error(unet, schedule, x_0, t, noise, condition) for unet in unets]
+    return torch.stack(errors).reshape(len(unets), P, N, D)
+
+
+def agreement(rewards: torch.Tensor) -> tuple[float, float, float]:
+    """How often the judge prefers what a person preferred, and the 95% Wilson interval of that.
+
+    rewards (pairs, 2) has the preferred picture first; a tie counts a half.
+    """
+    win, lose = rewards.T
+    right = (win > lose).float()
+    undecided = (win == lose).float()
+    right = right + .5 * undecided
+    low, high = wilson(right.sum().item(), len(right))
+    return right.mean().item(), low, high
+
+
+# ---- what is compared, and by which draws ----
+
+class Comparison(NamedTuple):
+    """Pictures of one prompt that are compared; `key` is what the random numbers come from."""
+    key: tuple
+    prompt: str
+    images: list[Path]
+
+
+class Draws(NamedTuple):
+    """What the rewards of P comparisons of N pictures are made of."""
+    t: torch.Tensor                 # (P, D)
+    error: torch.Tensor             # (P, N, D), the current model's
+    anchor_error: torch.Tensor      # (P, N, D)
+    reward: torch.Tensor            # (P, N, D)
+
+
+def reward_draws(s: Settings, key: tuple,
+                 shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Timesteps (D,) and noise (D, C, h, w), shared by all pictures compared under one key."""
+    rng = generator(s.seed, "reward", *key)
+    t = torch.randint(s.rank_t_min, s.rank_t_max, (s.draws,), generator=rng)
+    noise = torch.randn((s.draws, *shape), generator=rng)
+    return t, noise
 
 
 def anchor_of(s: Settings, k: int) -> int:
-    """The anchor's model number: -1 for the base, 0 for Iter0, which in round 1 is the current model itself and would
-    give every picture a reward of zero: there the base stays."""
-    return 0 if s.anchor == "iter0" and k > 1 else -1
+    """The anchor of round k. The paper calls it the initial anchor.
+
+    In round 1 Iter0 is the current model itself, and would give every picture a reward of zero:
+    there the anchor is the base in any case.
+    """
+    if s.anchor == "iter0" and k > 1:
+        return 0
+    return BASE
 
 
-def judge_itself(s: Settings, k: int, groups: list[dict], ledger: Ledger) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rewards of every draw (P, N, draws) by model K-1, and those of the held-out pairs (pairs, 2)."""
-    unet, anchor = models.load_unet(s, k - 1), models.load_unet(s, anchor_of(s, k))
-    errors = errors_of(s, [unet, anchor], groups, ledger, f"iter{k} rewards")
-    weight = balance if s.reward_weights == "balanced" else torch.ones_like
-    reward = lambda error, ref: weight(ref) * implicit_reward(error, ref, s.beta)
-    rewards = torch.stack([reward(*errors[json.dumps(g["key"])]) for g in groups])
-    held = holdout_groups(s)
-    if not held:
-        return rewards, None
-    kept = Path(s.run) / "seed" / f"holdout_errors_{anchor_of(s, k)}.json"   # an anchor's errors never change: asked once
-    ref = {key: torch.tensor(e) for key, e in json.loads(kept.read_text()).items()} if kept.exists() else {}
-    errors = errors_of(s, [unet] if ref else [anchor, unet], held, ledger, f"iter{k} held-out pairs")
-    if not ref:
-        ref = {key: e[0] for key, e in errors.items()}
-        if PartialState().is_main_process:
-            write_json({key: e.tolist() for key, e in ref.items()}, kept)
-    return rewards, torch.stack([reward(errors[key][-1], ref[key]).mean(-1)
-                                 for key in (json.dumps(g["key"]) for g in held)])
+def measure_errors(s: Settings, unets: list, comparisons: list[Comparison], ledger: Ledger,
+                   title: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The draws' timesteps (P, D) and the models' errors (models, P, N, D) of P comparisons."""
+    schedule = models.load_schedule(s)
+    encoder = models.PromptEncoder(s)
+    if is_main():
+        encoder.prepare([comparison.prompt for comparison in comparisons])
+    wait()
+
+    # Whole comparisons fill a batch of up to rank_batch noised latents; processes take turns.
+    per_batch = max(1, s.rank_batch // (len(comparisons[0].images) * s.draws))
+    batches = [comparisons[i:i + per_batch] for i in range(0, len(comparisons), per_batch)]
+    measured = []
+    for number, batch in bar(my_share(list(enumerate(batches))), title, "batch"):
+        t, errors = errors_of_batch(s, unets, schedule, encoder, batch)
+        measured.append((number, t, errors))
+        ledger.unet_forwards += errors.numel()
+
+    # The errors are read from the device once, at the end: no batch waits for it.
+    parts = []
+    for number, t, errors in measured:
+        parts.append((number, t.numpy(), errors.cpu().numpy()))
+
+    # The processes' parts come together in the order of the batches.
+    parts = sorted(gathered(parts), key=lambda part: part[0])
+    t = np.concatenate([t for _, t, _ in parts])
+    errors = np.concatenate([errors for _, _, errors in parts], axis=1)
+    return torch.from_numpy(t), torch.from_numpy(errors)
 
 
-def judge_from_outside(s: Settings, groups: list[dict]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Online DPO: scores (P, N, 1) by a reward from outside, and those of the held-out pairs (pairs, 2)."""
-    from lib import external
-    every = groups + holdout_groups(s)
-    scores = external.score(s, [g["prompt"] for g in every for _ in g["images"]], [i for g in every for i in g["images"]])
-    mine, held = scores.split([sum(len(g["images"]) for g in part) for part in (groups, every[len(groups):])])
-    return mine.reshape(len(groups), -1, 1), held.reshape(-1, 2) if len(held) else None
+def errors_of_batch(s: Settings, unets: list, schedule, encoder: models.PromptEncoder,
+                    batch: list[Comparison]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Timesteps (P, D) and errors (models, P, N, D), on the device, of a batch of comparisons."""
+    latents, timesteps, noises = [], [], []
+    for comparison in batch:
+        x_0, _ = models.stack_latents(comparison.images)                        # (N, C, h, w)
+        t, noise = reward_draws(s, comparison.key, x_0.shape[1:])
+        latents.append(x_0)
+        timesteps.append(t)
+        noises.append(noise)
+
+    device = models.device_of(s)
+    t = torch.stack(timesteps)
+    errors = errors_of_prompts(
+        unets,
+        schedule,
+        torch.stack(latents).to(device),
+        t.to(device),
+        torch.stack(noises).to(device),
+        encoder([comparison.prompt for comparison in batch]),
+    )
+    return t, errors
 
 
-def holdout_groups(s: Settings) -> list[dict]:
-    """The held-out human pairs as groups of two, the preferred picture first."""
-    if s.holdout_pairs == 0:
-        return []
-    run = Path(s.run)
-    return [{"key": ("holdout", p.pair_id), "prompt": p.prompt, "images": [run / p.win, run / p.lose]}
-            for p in read_pairs(run, "seed/holdout.parquet", "01_seed.py").itertuples()]
+def rewards_of(s: Settings, t: torch.Tensor, error: torch.Tensor,
+               anchor_error: torch.Tensor) -> Draws:
+    """Equation 8, draw by draw."""
+    reward = implicit_reward(error, anchor_error, s.beta)
+
+    # An ablation enters here: lib/rivals/balanced.py.
+    if s.reward_weights == "balanced":
+        reward = balance(anchor_error) * reward
+    return Draws(t, error, anchor_error, reward)
 
 
-def agreement(rewards: torch.Tensor | None) -> dict:
-    """How often the judge prefers what a person preferred, (pairs, 2) rewards, with its 95% Wilson interval."""
-    if rewards is None:
-        return {"accuracy": None, "pairs": 0}
-    right = (rewards[:, 0] > rewards[:, 1]).float() + .5 * (rewards[:, 0] == rewards[:, 1]).float()
-    low, high = report.wilson(right.sum().item(), len(right))
-    return {"accuracy": right.mean().item(), "low": low, "high": high, "pairs": len(right)}
+# ---- the self-judge at work ----
+
+def rank_by_itself(s: Settings, k: int, candidates: list[Comparison], holdout: list[Comparison],
+                   ledger: Ledger) -> tuple[Draws, Draws | None]:
+    """Model k-1 judges its own candidates, and the held-out human pairs."""
+    model = models.load_unet(s, k - 1)
+    anchor = models.load_unet(s, anchor_of(s, k))
+
+    # Its own candidates: these rewards make the pairs.
+    title = f"iter{k} rewards"
+    t, errors = measure_errors(s, [model, anchor], candidates, ledger, title)
+    error, anchor_error = errors
+    draws = rewards_of(s, t, error, anchor_error)
+    if not holdout:
+        return draws, None
+
+    # Held-out human pairs: these rewards tell whether it agrees with people. Neither the anchor nor
+    # a pair's draws change from round to round: what the last round measured of the anchor holds.
+    title = f"iter{k} held-out pairs"
+    anchor_error = known_anchor_errors(s, k, holdout)
+    if anchor_error is None:
+        t, errors = measure_errors(s, [anchor, model], holdout, ledger, title)
+        anchor_error, error = errors
+    else:
+        t, errors = measure_errors(s, [model], holdout, ledger, title)
+        error = errors[0]
+    return draws, rewards_of(s, t, error, anchor_error)
 
 
-def make_pairs(s: Settings, k: int, groups: list[dict], images: np.ndarray, draws: torch.Tensor) -> pd.DataFrame:
-    """One pair per prompt from images (P, N) and rewards of every draw (P, N, draws); those of a small margin dropped."""
-    rewards, every = draws.mean(2), torch.arange(len(groups))
-    win, lose = best_and_worst(rewards) if s.select == "best-worst" else \
-        random_pair(rewards, generator(s.seed, "random pair", k))
-    margins = draws[every, win] - draws[every, lose]                                        # (P, draws), paired draws
-    error = margins.std(1) / margins.shape[1] ** .5 if s.min_margin else 0
-    pairs = pd.DataFrame({"pair_id": [f"self-{k}-{g['key'][1]:06d}" for g in groups],
-                          "prompt": [g["prompt"] for g in groups], "win": images[every, win],
-                          "lose": images[every, lose], "source": "self" if s.reward == "implicit" else s.reward,
-                          "margin": margins.mean(1).numpy()})
-    return pairs[(margins.mean(1) >= s.min_margin * error).numpy()].reset_index(drop=True)
+def known_anchor_errors(s: Settings, k: int, holdout: list[Comparison]) -> torch.Tensor | None:
+    """The anchor's errors (pairs, 2, D) on the held-out pairs, if the last round had it too."""
+    table = Path(s.run) / f"iter{k - 1}" / "holdout_draws.parquet"
+    if not table.exists() or anchor_of(s, k - 1) != anchor_of(s, k):
+        return None
+    known = read_table(table, ("pair_id", "anchor_error"), f"03_rank.py --iter {k - 1}")
+
+    # They hold for these pairs alone: a user may have dropped one since.
+    if list(known.pair_id.unique()) != [comparison.key[1] for comparison in holdout]:
+        return None
+    return torch.tensor(known.anchor_error.to_numpy()).reshape(len(holdout), 2, s.draws)
 
 
-def diversity(run: Path, candidates: pd.DataFrame) -> float:
-    """How much a prompt's candidates differ: rms distance of their latents from the prompt's mean latent."""
-    spread = [models.stack_latents([run / i for i in group.image])[0].var(0, unbiased=True).mean()
-              for _, group in candidates.groupby("prompt_id", sort=False)]
+def rank_from_outside(s: Settings, candidates: list[Comparison],
+                      holdout: list[Comparison]) -> tuple[Draws, Draws | None]:
+    """Online DPO, a rival: a score of stage 05 ranks instead of the model."""
+    from lib.rivals import online_dpo
+    rewards, held_out = online_dpo.rank(s, candidates, holdout)
+    if not holdout:
+        return outside_draws(rewards), None
+    return outside_draws(rewards), outside_draws(held_out)
+
+
+def outside_draws(reward: torch.Tensor) -> Draws:
+    """A reward (P, N, 1) from outside is one "draw" without a timestep and without errors."""
+    nothing = torch.full_like(reward, float("nan"))
+    return Draws(nothing[:, 0], nothing, nothing, reward)
+
+
+def choose_pairs(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws) -> pd.DataFrame:
+    """One pair for each prompt: its best and its worst candidate by the mean over the draws."""
+    rewards = draws.reward.mean(2)                                              # (P, N)
+    win, lose = best_and_worst(rewards)
+
+    # An ablation enters here: lib/rivals/random_pair.py.
+    if s.select == "random":
+        win, lose = random_pair(rewards, generator(s.seed, "random pair", k))
+
+    # The margin r_w - r_l, a mean over the draws that the two share.
+    P, N = rewards.shape
+    prompt = torch.arange(P)
+    margin = (draws.reward[prompt, win] - draws.reward[prompt, lose]).mean(1)
+
+    images = candidates.image.to_numpy().reshape(P, N)
+    first = candidates.iloc[::N]                       # one row for each prompt
+    source = "self"
+    if s.reward != "implicit":
+        source = s.reward
+    return pd.DataFrame({
+        "pair_id": [f"self-{k}-{prompt_id:06d}" for prompt_id in first.prompt_id],
+        "prompt": first.prompt.to_numpy(),
+        "win": images[prompt, win],
+        "lose": images[prompt, lose],
+        "source": source,
+        "margin": margin.numpy(),
+        "prompt_id": first.prompt_id.to_numpy(),
+    })
+
+
+def diversity(comparisons: list[Comparison]) -> float:
+    """How much a prompt's candidates differ: rms distance of their latents from their mean."""
+    spread = []
+    for comparison in comparisons:
+        latents, _ = models.stack_latents(comparison.images)
+        spread.append(latents.var(0, unbiased=True).mean())
     return torch.stack(spread).mean().sqrt().item()
 
 
+# ---- the stage: read, compute, write ----
+
+def read_candidates(s: Settings, k: int) -> pd.DataFrame:
+    """The candidates, those of a prompt together, each with a latent."""
+    path = Path(s.run) / f"iter{k}" / "candidates.parquet"
+    columns = ("prompt_id", "prompt", "candidate", "image")
+    table = read_table(path, columns, f"02_generate.py --iter {k}")
+    for row, image in enumerate(table.image, start=1):
+        if not latent_path(inside(s.run, image, path, row)).exists():
+            raise UserError(f"{path}, row {row}: no latent beside {image}; delete {path} and run "
+                            f"02_generate.py again")
+
+    # With unequal numbers the rewards would make no table (P, N).
+    prompts = table.groupby("prompt_id", sort=False)
+    sizes = prompts.size()
+    if sizes.nunique() > 1 or sizes.iloc[0] < 2:
+        raise UserError(f"{path}: every prompt needs the same number of candidates, 2 or more; "
+                        f"delete it and run 02_generate.py again")
+    together = prompts.ngroup().argsort(kind="stable")
+    return table.iloc[together].reset_index(drop=True)
+
+
+def candidate_comparisons(s: Settings, k: int, candidates: pd.DataFrame) -> list[Comparison]:
+    comparisons = []
+    for prompt_id, part in candidates.groupby("prompt_id", sort=False):
+        images = [Path(s.run) / image for image in part.image]
+        comparisons.append(Comparison((k, int(prompt_id)), part.prompt.iloc[0], images))
+    return comparisons
+
+
+def holdout_comparisons(s: Settings) -> list[Comparison]:
+    """The held-out human pairs, the preferred picture first."""
+    if s.holdout_pairs == 0:
+        return []
+    run, comparisons = Path(s.run), []
+    for pair in read_pairs(s.run, "seed/holdout.parquet", "01_seed.py").itertuples():
+        images = [run / pair.win, run / pair.lose]
+        comparisons.append(Comparison(("holdout", pair.pair_id), pair.prompt, images))
+    return comparisons
+
+
+def draws_table(draws: Draws, labels: dict[str, np.ndarray]) -> pd.DataFrame:
+    """One row per picture and draw; `labels` are columns with one value per picture, (P*N,)."""
+    P, N, D = draws.reward.shape
+    columns = {}
+    for name, values in labels.items():
+        columns[name] = np.repeat(np.asarray(values), D)
+    columns["draw"] = np.tile(np.arange(D), P * N)
+    columns["t"] = draws.t[:, None].expand(P, N, D).flatten().numpy()
+    columns["error"] = draws.error.flatten().numpy()
+    columns["anchor_error"] = draws.anchor_error.flatten().numpy()
+    columns["reward"] = draws.reward.flatten().numpy()
+    return pd.DataFrame(columns)
+
+
+def write_rewards(folder: Path, candidates: pd.DataFrame, draws: Draws) -> None:
+    """draws.parquet and rewards.parquet: mean and standard error over a candidate's draws."""
+    labels = {"prompt_id": candidates.prompt_id, "candidate": candidates.candidate}
+    write_table(draws_table(draws, labels), folder / "draws.parquet")
+
+    reward = draws.reward.mean(2)
+    reward_se = torch.full_like(reward, float("nan"))
+    D = draws.reward.shape[2]
+    if D > 1:
+        reward_se = draws.reward.std(2) / D ** .5
+    table = candidates.assign(
+        reward=reward.flatten().numpy(),
+        reward_se=reward_se.flatten().numpy(),
+    )
+    write_table(table, folder / "rewards.parquet")
+
+
+def write_holdout_draws(folder: Path, holdout: list[Comparison], held_out: Draws) -> None:
+    """holdout_draws.parquet: the same for the two pictures of each held-out pair."""
+    pair_ids = [comparison.key[1] for comparison in holdout]
+    labels = {"pair_id": np.repeat(pair_ids, 2), "side": np.tile(["win", "lose"], len(holdout))}
+    write_table(draws_table(held_out, labels), folder / "holdout_draws.parquet")
+
+
+def describe_judge(s: Settings, k: int, pairs: pd.DataFrame, comparisons: list[Comparison],
+                   held_out: Draws | None) -> dict:
+    """judge.json: how often the judge agrees with people, and what it judged with."""
+    judge = {"accuracy": None, "pairs": 0}
+    if held_out is not None:
+        accuracy, low, high = agreement(held_out.reward.mean(2))
+        judge = {"accuracy": accuracy, "low": low, "high": high, "pairs": len(held_out.reward)}
+
+    anchor = "base"
+    if anchor_of(s, k) != BASE:
+        anchor = "Iter0"
+    return judge | {
+        "model": k - 1,
+        "reward": s.reward,
+        "anchor": anchor,
+        "draws": s.draws,
+        "beta": s.beta,
+        "select": s.select,
+        "diversity": diversity(comparisons),
+        "margin": float(pairs.margin.mean()),
+        "self_pairs": len(pairs),
+    }
+
+
+def summary_line(s: Settings, k: int, judge: dict, folder: Path) -> str:
+    name = s.reward
+    if s.reward == "implicit":
+        name = f"model {k - 1}"
+    agrees = "has seen no"
+    if judge["pairs"]:
+        agrees = f"agrees with people on {judge['accuracy']:.0%} of {judge['pairs']}"
+    return (f"03 rank, iter {k}: {judge['self_pairs']} {s.select} pairs ranked by {name}, which "
+            f"{agrees} held-out pairs; see {folder}/preview.png")
+
+
 def main(argv: list[str]) -> None:
-    s, own = load(argv, __doc__, ITER)
-    k, run, folder = own.iter, Path(s.run), Path(s.run) / f"iter{own.iter}"
+    s, stage = load(argv, __doc__, ITER)
+    k = stage.iter
+    folder = Path(s.run) / f"iter{k}"
     if (folder / "pairs.parquet").exists():
-        return print(f"03 rank: {folder}/pairs.parquet is there, nothing to do")
-    path = folder / "candidates.parquet"
-    candidates = read_table(path, ("prompt_id", "prompt", "candidate", "image"), f"02_generate.py --iter {k}")
-    for row, image in enumerate(candidates.image):
-        if not latent_path(inside(run, image, path, row)).exists():
-            raise UserError(f"{path}, row {row}: no latent beside {image}; delete {path} and run 02_generate.py again")
-    by_prompt = candidates.groupby("prompt_id", sort=False)
-    if by_prompt.size().nunique() > 1 or by_prompt.size().iloc[0] < 2:
-        raise UserError(f"{path}: every prompt needs the same number of candidates, 2 or more; delete it and run "
-                        f"02_generate.py again")
-    groups = [{"key": (k, int(pid)), "prompt": g.prompt.iloc[0], "images": [run / i for i in g.image]}
-              for pid, g in by_prompt]
-    images = np.array([list(g.image) for _, g in by_prompt])                                # (P, N)
-    with Ledger(run, "03_rank", k, str(models.device_of(s))) as ledger:
-        draws, held = judge_itself(s, k, groups, ledger) if s.reward == "implicit" else judge_from_outside(s, groups)
-        if not draws.isfinite().all():
-            raise UserError(f"{path}: a reward is not finite; model {k - 1} has diverged, lower --lr and train it again")
-        pairs = make_pairs(s, k, groups, images, draws)
-        if pairs.empty:
-            raise UserError(f"{path}: no pair has a margin of {s.min_margin} standard errors; lower --min-margin")
-        judge = agreement(held) | {
-            "model": k - 1, "reward": s.reward, "anchor": "Iter0" if anchor_of(s, k) == 0 else "base", "draws": s.draws,
-            "beta": s.beta, "select": s.select, "diversity": diversity(run, candidates),
-            "margin": float(pairs.margin.mean()), "self_pairs": len(pairs)}
-        if PartialState().is_main_process:
-            spread = draws.std(2) if draws.shape[2] > 1 else torch.full(draws.shape[:2], float("nan"))
-            scored = pd.concat([g for _, g in by_prompt], ignore_index=True).assign(
-                reward=draws.mean(2).flatten().numpy(), reward_se=(spread / draws.shape[2] ** .5).flatten().numpy())
-            write_table(scored, folder / "rewards.parquet")
-            write_json(judge, folder / "judge.json")
-            report.pair_sheet(run, pairs.head(24), folder / "preview.png", ("winner", "loser"))
-            write_table(pairs, folder / "pairs.parquet")
-    judge_name = f"model {k - 1}" if s.reward == "implicit" else s.reward
-    agrees = f"agrees with people on {judge['accuracy']:.0%} of {judge['pairs']}" if judge["pairs"] else "has seen no"
-    PartialState().print(f"03 rank, iter {k}: {len(pairs)} {s.select} pairs ranked by {judge_name}, which {agrees} "
-                         f"held-out pairs; see {folder}/preview.png")
+        print(f"03 rank: {folder}/pairs.parquet is there, nothing to do")
+        return
+
+    # read
+    if is_main():
+        keep_code(s.run, __file__)
+    candidates = read_candidates(s, k)
+    comparisons = candidate_comparisons(s, k, candidates)
+    holdout = holdout_comparisons(s)
+
+    with Ledger(s.run, "03_rank", k, str(models.device_of(s))) as ledger:
+        # compute
+        if s.reward == "implicit":
+            draws, held_out = rank_by_itself(s, k, comparisons, holdout, ledger)
+        else:
+            draws, held_out = rank_from_outside(s, comparisons, holdout)
+        if not draws.reward.isfinite().all():
+            raise UserError(f"{folder}/candidates.parquet: a reward is not finite; model {k - 1} "
+                            f"has diverged, lower --lr and train it again")
+        pairs = choose_pairs(s, k, candidates, draws)
+        judge = describe_judge(s, k, pairs, comparisons, held_out)
+
+        # write
+        if is_main():
+            write_results(s, k, candidates, draws, holdout, held_out, pairs, judge)
+
+
+def write_results(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws,
+                  holdout: list[Comparison], held_out: Draws | None, pairs: pd.DataFrame,
+                  judge: dict) -> None:
+    """pairs.parquet comes last: it marks the stage as done."""
+    folder = Path(s.run) / f"iter{k}"
+    write_rewards(folder, candidates, draws)
+    if held_out is not None:
+        write_holdout_draws(folder, holdout, held_out)
+    write_json(judge, folder / "judge.json")
+    pair_sheet(Path(s.run), pairs.head(24), folder / "preview.png", ("winner", "loser"))
+    tracking.log_judge(s, k, judge, folder / "preview.png")
+    write_table(pairs, folder / "pairs.parquet")
+    print(summary_line(s, k, judge, folder))
 
 
 if __name__ == "__main__":

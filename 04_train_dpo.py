@@ -1,85 +1,112 @@
-"""Stage 04: Diffusion-DPO on human pairs (Iter0), then on the mix of human and self-made pairs (round K).
+"""Stage 04: Diffusion-DPO on human pairs (Iter0), then on a mix of human and self-made pairs.
 
-reads   seed/pairs.parquet, iterK/pairs.parquet, their latents, the model of round K-1 (Iter0: the base)
-writes  iterK/unet/ (a diffusers folder), iterK/train_log.parquet (step, loss, win_error_gain, lose_error_gain,
-        margin, accuracy, lr, grad_norm, seconds), with --lora-rank also iterK/lora/ (for pipe.load_lora_weights)
+reads   seed/pairs.parquet, iterK/pairs.parquet, their latents,
+        the model of round K-1 (Iter0: the base)
+writes  iterK/unet/               a diffusers folder
+        iterK/lora/               with --lora-rank: the adapter, for pipe.load_lora_weights
+        iterK/train_log.parquet   step, loss, win_error_gain, lose_error_gain, margin, accuracy, lr,
+                                  grad_norm, seconds
 
-With e(x) = mean over C, h, w of ||eps - eps_hat(x_t, y, t)||^2, the same t and eps for the two images of a pair,
+With e(x_0) the mean over C, h, w of ||eps - eps_hat(x_t, y, t)||^2, and the same t and eps for the
+two pictures of a pair,
 
-    L = -log sigmoid( -(beta / 2) [ (e_theta(x_w) - e_ref(x_w)) - (e_theta(x_l) - e_ref(x_l)) ] )
+    margin = -(beta / 2) [ (e_theta(x_w) - e_ref(x_w)) - (e_theta(x_l) - e_ref(x_l)) ]
+    L = -log sigmoid(margin)
 
-averaged over pairs after the log-sigmoid (Diffusion-DPO, Wallace et al. 2024, equation 14). Policy and reference both
-start from the previous round's model. A round's data is alpha self-made + (1 - alpha) human pairs (ranked preference
-mixup): what keeps later rounds from collapsing onto the model's own taste.
+averaged over pairs after the log-sigmoid (Diffusion-DPO, Wallace et al. 2024, equation 14). Policy
+theta and reference ref both start from the previous round's model. A round's data is alpha
+self-made and (1 - alpha) human pairs (ranked preference mixup): it keeps later rounds from
+collapsing onto the model's own taste.
 
-The loss stays near log 2 = 0.693: one (t, eps) says little about a pair. Watch the gains (reference error minus
-policy error, above zero is better than the reference), their difference (margin) and the implicit accuracy instead.
+The loss stays near log 2 = 0.693: one (t, eps) says little about a pair. Watch the gains (reference
+error minus policy error: above zero, the policy is better than the reference), their difference
+(margin) and the implicit accuracy instead.
 
     python 04_train_dpo.py --run runs/tiny --iter 1
 """
 
 import json
+import math
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import gather
-from tqdm import tqdm
 
-from lib import lora, models
-from lib.run import Ledger, UserError, atomic, generator, open_image, read_pairs, run_stage, seed_of, write_table
+from lib import lora, models, tracking
+from lib.diffusion import denoising_error, join
+from lib.models import BASE
+from lib.rivals.mapo import mapo_loss
+from lib.run import (TRAIN_LOG_COLUMNS, Ledger, UserError, atomic, bar, generator, is_main,
+                     keep_code, my_share, open_image, process_state, read_pairs, run_stage, seed_of,
+                     wait, write_table)
 from lib.settings import ITER, Settings, load
 
-STRAY = 3.           # stop when the policy's error on winners is this many times the reference's (without a reference:
-                     # 1, the error of a model that predicts zero): it has diverged
-MAPO_BETA, MAPO_S, MAPO_T = .1, .5, 1000.                    # as MaPO's authors train (Hong et al. 2024)
+# A run stops when the policy's error on winners is this many times the reference's (without a
+# reference: times 1, the error of a model that predicts zero). It has diverged.
+STRAY = 3.
 
+
+# ---- the method: pure functions of tensors ----
 
 def dpo_loss(win: torch.Tensor, lose: torch.Tensor, ref_win: torch.Tensor, ref_lose: torch.Tensor,
              beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Diffusion-DPO: denoising errors (B,) of policy and reference on winners and losers -> loss (B,), margin (B,)."""
+    """Equation 14 of Diffusion-DPO: denoising errors (B,) of policy and reference on winners and
+    losers -> loss (B,), margin (B,)."""
     margin = -beta / 2 * ((win - ref_win) - (lose - ref_lose))
     return -F.logsigmoid(margin), margin
 
 
-def mapo_loss(win: torch.Tensor, lose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """MaPO, the rival without a reference: errors (B,) of the policy -> loss (B,), margin (B,).
+# The door for a rival's loss: one entry, with dpo_loss's arguments.
+LOSSES = {"dpo": dpo_loss, "mapo": mapo_loss}
 
-    phi(e) = s e / (exp(s e) - 1) falls from 1 at e = 0; L = e_w - beta log sigmoid(T (phi(e_w) - phi(e_l))).
+
+def mixup(n_human: int, n_self: int, alpha: float, length: int,
+          rng: torch.Generator) -> torch.Tensor:
+    """Ranked preference mixup: which pair each of `length` places of the training trains on.
+
+    Pairs 0 to n_human - 1 are human, those from n_human on self-made; a share alpha of the places
+    is self-made.
     """
-    scaled = lambda e: (MAPO_S * e).clamp_min(1e-12)                      # for the limit at e = 0
-    phi = lambda e: scaled(e) / torch.expm1(scaled(e))
-    margin = MAPO_T * (phi(win) - phi(lose))
-    return win - MAPO_BETA * F.logsigmoid(margin), margin
+    # Self-made places are spread evenly, so that every batch has its share: a place is self-made
+    # where its number times alpha passes a whole number.
+    place = torch.arange(length)
+    before = (place * alpha + 1e-9).floor()
+    after = ((place + 1) * alpha + 1e-9).floor()
+    is_self = after > before
+    is_human = ~is_self
 
-
-def mixup(n_seed: int, n_self: int, alpha: float, length: int, rng: torch.Generator) -> torch.Tensor:
-    """Which pair each of `length` slots trains on: 0..n_seed-1 human, n_seed.. self-made; alpha of them self-made.
-
-    Self-made slots are spread evenly, so every batch has its share; each source is gone through in whole shuffled
-    passes, so no pair is seen twice before all of its source are seen once.
-    """
-    slots = torch.arange(length)
-    is_self = ((slots + 1) * alpha + 1e-9).floor() > (slots * alpha + 1e-9).floor()
     order = torch.empty(length, dtype=torch.long)
-    for chosen, count, start in ((~is_self, n_seed, 0), (is_self, n_self, n_seed)):
-        need = int(chosen.sum())
-        passes = [torch.randperm(count, generator=rng) for _ in range(-(-need // count))] if need else []
-        order[chosen] = start + torch.cat(passes)[:need] if need else order[chosen]
+    order[is_human] = shuffled_passes(n_human, int(is_human.sum()), rng)
+    order[is_self] = n_human + shuffled_passes(n_self, int(is_self.sum()), rng)
     return order
 
 
-def steps_of(s: Settings, k: int, n_seed: int, n_self: int) -> int:
-    """As set, or one pass: over the seed in Iter0, in a round over the mix in which each self-made pair comes once."""
-    fixed = s.iter_steps if k else s.iter0_steps
-    size = n_self / s.alpha if k and s.alpha > 0 else n_seed
-    return fixed or max(1, round(size / s.batch))
+def shuffled_passes(count: int, length: int, rng: torch.Generator) -> torch.Tensor:
+    """`length` numbers below `count` in whole shuffled passes: none comes twice before all came."""
+    if length == 0:
+        return torch.empty(0, dtype=torch.long)
+    passes = []
+    for _ in range(math.ceil(length / count)):
+        passes.append(torch.randperm(count, generator=rng))
+    return torch.cat(passes)[:length]
+
+
+def steps_of(s: Settings, k: int, n_human: int, n_self: int) -> int:
+    """Optimizer steps: as set, or one pass over the human pairs (Iter0) or the round's mix.
+
+    In the mix each self-made pair comes once.
+    """
+    if k == 0:
+        steps, pairs = s.iter0_steps, n_human
+    elif s.alpha == 0:
+        steps, pairs = s.iter_steps, n_human
+    else:
+        steps, pairs = s.iter_steps, n_self / s.alpha
+    return steps or max(1, round(pairs / s.batch))
 
 
 def learning_rate(s: Settings, step: int) -> float:
@@ -87,195 +114,388 @@ def learning_rate(s: Settings, step: int) -> float:
     return s.lr * min(1., (step + 1) / (s.warmup + 1))
 
 
-def step_draws(s: Settings, k: int, step: int, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The random numbers of one whole optimizer step (batch pairs), whatever process or micro-batch uses them."""
+# ---- one batch of pairs ----
+
+def step_randoms(s: Settings, k: int, step: int, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The random numbers of one optimizer step, one row for each of its `batch` pairs.
+
+    They depend on (run seed, round, step) alone, whatever process or micro-batch uses them.
+    """
+    B = s.batch
     rng = generator(s.seed, "train", k, step)
-    return {"t": torch.randint(1000, (s.batch,), generator=rng), "noise": torch.randn((s.batch, *shape), generator=rng),
-            "posterior": torch.randn((2, s.batch, *shape), generator=rng),
-            "drop": torch.rand(s.batch, generator=rng) < s.prompt_dropout,
-            "flip": torch.rand(s.batch, generator=rng) < s.flip}
+
+    # The two pictures of a pair share t and noise; each has its own sample of the VAE's posterior.
+    t = torch.randint(1000, (B,), generator=rng)
+    noise = torch.randn((B, *shape), generator=rng)
+    posterior = torch.randn((2, B, *shape), generator=rng).movedim(0, 1)      # winner's, loser's
+
+    # Which pairs train on the empty prompt, and which are mirrored.
+    drop = torch.rand(B, generator=rng) < s.prompt_dropout
+    flip = torch.rand(B, generator=rng) < s.flip
+    return {"t": t, "noise": noise, "posterior": posterior, "drop": drop, "flip": flip}
 
 
-def pair_errors(s, policy, ref, scheduler, pairs: pd.DataFrame, draws: dict, encoder) -> torch.Tensor:
-    """(4, B) denoising errors: policy on winners and losers (with gradient), reference on winners and losers."""
-    run, device, b = Path(s.run), models.device_of(s), len(pairs)
-    mean, std = models.stack_latents([run / i for i in (*pairs.win, *pairs.lose)], draws["flip"].tolist() * 2)
-    latents = (mean + std * draws["posterior"].flatten(0, 1)).to(device)                         # (2B, C, h, w)
-    t, noise = draws["t"].repeat(2).to(device), draws["noise"].repeat(2, 1, 1, 1).to(device)    # shared by the pair
-    x_t = scheduler.add_noise(latents, noise, t)
-    condition = encoder(["" if d else p for p, d in zip(pairs.prompt, draws["drop"])])
-    condition = models.join(condition, condition)
-    with torch.autocast(device.type, models.dtype_of(s), enabled=models.dtype_of(s) != torch.float32):
-        ref_error = torch.full((2 * b,), float("nan"), device=device)
-        if s.loss == "dpo":
-            with torch.no_grad(), lora.reference_of(policy) if ref is None else nullcontext(ref) as model:
-                ref_error = models.denoising_error(model, scheduler, x_t, latents, noise, t, condition)
-        error = models.denoising_error(policy, scheduler, x_t, latents, noise, t, condition)
-    return torch.cat([error, ref_error]).reshape(4, b)
+def pair_errors(s: Settings, policy, ref, schedule, pairs: pd.DataFrame, randoms: dict,
+                encoder: models.PromptEncoder) -> torch.Tensor:
+    """Denoising errors (4, B) on B pairs: win, lose (with gradient), ref_win, ref_lose.
+
+    `randoms` are those of these pairs. Where `ref` is None, a LoRA policy is its own reference,
+    with its adapter off or as it was.
+    """
+    device = models.device_of(s)
+
+    # Winners, then losers. A human picture's latent is drawn from its VAE posterior; a candidate's
+    # is the sampler's own, with std 0.
+    images = [Path(s.run) / image for image in (*pairs.win, *pairs.lose)]
+    flips = randoms["flip"].tolist()
+    mean, std = models.stack_latents(images, flips + flips)
+    posterior = randoms["posterior"].movedim(1, 0).flatten(0, 1)
+    x_0 = mean + std * posterior                                                # (2B, C, h, w)
+    x_0 = x_0.to(device)
+
+    # The two pictures of a pair meet the same timestep, the same noise and the same prompt.
+    t = randoms["t"].repeat(2).to(device)                                       # (2B,)
+    noise = randoms["noise"].repeat(2, 1, 1, 1).to(device)                      # (2B, C, h, w)
+    prompts = []
+    for prompt, drop in zip(pairs.prompt, randoms["drop"]):
+        prompts.append("" if drop else prompt)
+    condition = encoder(prompts)
+    condition = join(condition, condition)
+
+    dtype = models.dtype_of(s)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        ref_error = reference_error(s, policy, ref, schedule, x_0, t, noise, condition)
+        error = denoising_error(policy, schedule, x_0, t, noise, condition)
+    return torch.cat([error, ref_error]).reshape(4, len(pairs))
 
 
-def load_policy(s: Settings, k: int) -> tuple:
-    """The UNet to train, and the reference, both model K-1; with LoRA the reference is the policy's own adapter off."""
+@torch.no_grad()
+def reference_error(s: Settings, policy, ref, schedule, x_0: torch.Tensor, t: torch.Tensor,
+                    noise: torch.Tensor, condition: dict) -> torch.Tensor:
+    """The reference's errors (2B,); not a number for a loss without a reference."""
+    if s.loss != "dpo":
+        return torch.full((len(t),), float("nan"), device=x_0.device)
+
+    # A LoRA policy is its own reference.
+    if ref is None:
+        with lora.reference_of(policy) as ref:
+            return denoising_error(ref, schedule, x_0, t, noise, condition)
+    return denoising_error(ref, schedule, x_0, t, noise, condition)
+
+
+def backward(s: Settings, policy, ref, schedule, pairs: pd.DataFrame, randoms: dict,
+             encoder: models.PromptEncoder, ledger: Ledger) -> torch.Tensor:
+    """Add the gradient of the mean loss over a batch of pairs to the policy's parameters.
+
+    Returns (6, B): the four errors, loss and margin of every pair. Micro-batches bound the memory,
+    and processes take turns in them.
+    """
+    values = []
+    for rows in my_share(torch.arange(s.batch).split(s.micro_batch)):
+        part = {name: numbers[rows] for name, numbers in randoms.items()}
+        errors = pair_errors(s, policy, ref, schedule, pairs.iloc[rows.tolist()], part, encoder)
+        loss, margin = LOSSES[s.loss](*errors, s.beta)
+
+        # The mean over the batch is taken here, after the log-sigmoid.
+        (loss.sum() / s.batch).backward()
+
+        values.append(torch.stack([*errors, loss, margin]).detach())
+        ledger.unet_forwards += len(rows) * forwards_per_pair(s)
+    return torch.cat(values, 1)
+
+
+def forwards_per_pair(s: Settings) -> int:
+    """UNet forwards: the policy on two pictures, and the reference too if the loss has one."""
+    if s.loss == "dpo":
+        return 4
+    return 2
+
+
+def sum_over_processes(values: torch.Tensor, parameters: list) -> torch.Tensor:
+    """Add up the gradients of all processes; return the values of all their pairs."""
+    if process_state().num_processes == 1:
+        return values
+    from accelerate.utils import gather
+    for parameter in parameters:
+        torch.distributed.all_reduce(parameter.grad)
+    return gather(values[None]).movedim(0, 1).flatten(1)
+
+
+# ---- models ----
+
+def adapter_base(s: Settings, k: int) -> int:
+    """The model that round k's adapter stands on: the base, or Iter0 where --start gave it."""
+    if s.start and k > 0:
+        return 0
+    return BASE
+
+
+def load_policy_and_reference(s: Settings, k: int) -> tuple:
+    """Both are model k-1. The policy is trained in float32; the reference is frozen, and None where
+    the policy itself can play it (LoRA) or none is needed (MaPO)."""
+    ref = None
     if s.lora_rank:
-        policy, ref = models.load_unet(replace(s, compile="off"), lora_base(s, k)).train(), None
-        lora.add_adapters(policy, s.lora_rank, Path(s.run) / f"iter{k - 1}" / "lora", seed_of(s.seed, "lora", k))
+        policy = models.load_unet(replace(s, compile="off"), adapter_base(s, k)).train()
+        last = Path(s.run) / f"iter{k - 1}" / "lora"
+        lora.add_adapters(policy, s.lora_rank, last, seed_of(s.seed, "lora", k))
     else:
         policy = models.load_unet(s, k - 1, trained=True)
-        ref = models.load_unet(s, k - 1) if s.loss == "dpo" else None
+        if s.loss == "dpo":
+            ref = models.load_unet(s, k - 1)
+
     if s.grad_checkpoint == "on":
         policy.enable_gradient_checkpointing()
     return policy, ref
 
 
-def lora_base(s: Settings, k: int) -> int:
-    """The number of the model that round K's adapter stands on: the base, or Iter0 where --start gave it."""
-    return 0 if s.start and k else -1
+def make_optimizer(s: Settings, parameters: list) -> torch.optim.Optimizer:
+    if s.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+        return Adafactor(
+            parameters,
+            lr=s.lr,
+            weight_decay=s.weight_decay,
+            scale_parameter=False,
+            relative_step=False,
+        )
+    on_cuda = models.device_of(s).type == "cuda"
+    return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=on_cuda)
 
 
 def save_model(s: Settings, k: int, policy) -> None:
-    """iterK/unet in float32; with LoRA also iterK/lora, and in iterK/unet the base with the adapter in its weights."""
+    """Write iterK/unet in float32, whole or not at all; with LoRA also iterK/lora, whose adapter is
+    added to the weights of the base in iterK/unet."""
     folder = Path(s.run) / f"iter{k}"
     if s.lora_rank:
         lora.save_adapter(policy, folder / "lora")
-        policy = lora.fuse(models.load_unet(s, lora_base(s, k), trained=True), folder / "lora")
+        base = models.load_unet(s, adapter_base(s, k), trained=True)
+        policy = lora.fuse(base, folder / "lora")
+
+    # The folder gets its name when it is whole; the checkpoint is then of no more use.
     shutil.rmtree(folder / "unet.tmp", ignore_errors=True)
     policy.save_pretrained(folder / "unet.tmp")
     (folder / "unet.tmp").rename(folder / "unet")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def make_optimizer(s: Settings, parameters):
-    if s.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-        return Adafactor(parameters, lr=s.lr, weight_decay=s.weight_decay, scale_parameter=False, relative_step=False)
-    return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=models.device_of(s).type == "cuda")
+def save_checkpoint(path: Path, trained: dict, optimizer, log: list[dict]) -> None:
+    state = {"unet": trained, "optimizer": optimizer.state_dict(), "step": len(log), "log": log}
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
 
+
+def load_checkpoint(path: Path, trained: dict, optimizer, device) -> list[dict]:
+    """Put back what a stopped training had reached; return the log of its steps."""
+    if not path.exists():
+        return []
+    state = torch.load(path, map_location=device, weights_only=True)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state["unet"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["log"]
+
+
+# ---- training ----
 
 def training_pairs(s: Settings, k: int) -> tuple[pd.DataFrame, int]:
     """Human pairs, then (in a round that uses them) self-made ones; and how many are human."""
-    pairs = [read_pairs(s.run, "seed/pairs.parquet", "01_seed.py")]
-    if k and s.alpha > 0:
-        pairs.append(read_pairs(s.run, f"iter{k}/pairs.parquet", f"03_rank.py --iter {k}"))
-    table = pd.concat(pairs, ignore_index=True)
-    files, names = [Path(s.run) / i for i in (*table.win, *table.lose)], ["seed/pairs.parquet", f"iter{k}/pairs.parquet"]
-    where = [(Path(s.run) / name, row) for name, part in zip(names, pairs) for row in range(len(part))] * 2
-    for mirrored in [False, True] if s.flip else [False]:
-        models.ensure_latents(files, s, lambda i: open_image(files[i], *where[i]), mirrored)
-    return table, len(pairs[0])
+    names = {"seed/pairs.parquet": "01_seed.py"}
+    if k > 0 and s.alpha > 0:
+        names[f"iter{k}/pairs.parquet"] = f"03_rank.py --iter {k}"
+
+    tables = []
+    for name, made_by in names.items():
+        tables.append(read_pairs(s.run, name, made_by))
+    ensure_latents(s, dict(zip(names, tables)))
+    return pd.concat(tables, ignore_index=True), len(tables[0])
+
+
+def ensure_latents(s: Settings, tables: dict[str, pd.DataFrame]) -> None:
+    """Pictures without a latent (one's own data) are encoded once; with --flip mirrored as well."""
+    # Each picture, and where it is named: all winners, then all losers.
+    run = Path(s.run)
+    images, places = [], []
+    for side in ("win", "lose"):
+        for name, table in tables.items():
+            for row, image in enumerate(table[side], start=1):
+                images.append(run / image)
+                places.append((run / name, row))
+
+    def open_picture(i):
+        table, row = places[i]
+        return open_image(images[i], table, row)
+
+    models.ensure_latents(images, s, open_picture)
+    if s.flip:
+        models.ensure_latents(images, s, open_picture, mirrored=True)
 
 
 def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger) -> tuple:
-    """The trained UNet and the log."""
-    state, folder = PartialState(), Path(s.run) / f"iter{k}"
-    policy, ref = load_policy(s, k)
+    """The trained UNet, and the log with one row per step."""
+    policy, ref = load_policy_and_reference(s, k)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
-    optimizer, scheduler = make_optimizer(s, parameters), models.load_schedule(s)
+    optimizer = make_optimizer(s, parameters)
+    schedule = models.load_schedule(s)
     encoder = models.PromptEncoder(s)
-    if state.is_main_process:
+    if is_main():
         encoder.prepare(pairs.prompt.tolist())
-    state.wait_for_everyone()
-    steps = steps_of(s, k, n_human, len(pairs) - n_human)
-    if s.batch // s.micro_batch % state.num_processes:
-        raise UserError(f"--batch {s.batch} in micro-batches of {s.micro_batch} does not divide among "
-                        f"{state.num_processes} processes; choose --micro-batch so that it does")
-    order = mixup(n_human, len(pairs) - n_human, s.alpha if k else 0., steps * s.batch, generator(s.seed, "mix", k))
-    shape = models.stack_latents([Path(s.run) / pairs.win[0]])[0].shape[1:]
-    log, start, checkpoint = [], 0, folder / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=models.device_of(s), weights_only=True)
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(saved["unet"][name])
-        optimizer.load_state_dict(saved["optimizer"])
-        log, start = saved["log"], saved["step"]
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"iter{k} training", unit="step",
-               disable=not state.is_local_main_process)
-    for step in bar:
-        started, lr = time.perf_counter(), learning_rate(s, step)
+    wait()
+
+    # Which pair each place of the training trains on, for all steps at once.
+    n_self = len(pairs) - n_human
+    steps = steps_of(s, k, n_human, n_self)
+    alpha = s.alpha if k > 0 else 0.
+    order = mixup(n_human, n_self, alpha, steps * s.batch, generator(s.seed, "mix", k))
+    latents, _ = models.stack_latents([Path(s.run) / pairs.win[0]])
+    shape = latents.shape[1:]
+
+    # A training that was stopped goes on from its last checkpoint.
+    checkpoint = Path(s.run) / f"iter{k}" / "checkpoint.pt"
+    log = load_checkpoint(checkpoint, trained, optimizer, models.device_of(s))
+    first = len(log)
+    before = tracking.steps_before(s, k)
+    tracker = tracking.start(s, "train", before + first)
+    progress = bar(range(first, steps), f"iter{k} training", "step", initial=first, total=steps)
+    for step in progress:
+        started = time.perf_counter()
+        lr = learning_rate(s, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rows, draws = order[step * s.batch:(step + 1) * s.batch], step_draws(s, k, step, shape)
-        parts = []
-        for slots in torch.arange(s.batch).split(s.micro_batch)[state.process_index::state.num_processes]:
-            part = {name: v[:, slots] if name == "posterior" else v[slots] for name, v in draws.items()}
-            errors = pair_errors(s, policy, ref, scheduler, pairs.iloc[rows[slots].tolist()], part, encoder)
-            loss, margin = dpo_loss(*errors, s.beta) if s.loss == "dpo" else mapo_loss(*errors[:2])
-            (loss.sum() / s.batch).backward()
-            parts.append(torch.cat([errors, loss[None], margin[None]]).detach())
-            ledger.unet_forwards += (4 if s.loss == "dpo" else 2) * len(slots)
-        parts = torch.cat(parts, 1)
-        if state.num_processes > 1:                           # every process took its share of the micro-batches
-            parts = gather(parts[None]).movedim(0, 1).flatten(1)
-            for p in parameters:
-                torch.distributed.all_reduce(p.grad)
+
+        # Gradients of the batch's mean loss.
+        places = order[step * s.batch:(step + 1) * s.batch]
+        batch = pairs.iloc[places.tolist()]
+        randoms = step_randoms(s, k, step, shape)
+        values = backward(s, policy, ref, schedule, batch, randoms, encoder, ledger)
+        values = sum_over_processes(values, parameters)
+
+        # One optimizer step.
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        log.append(log_row(parts, step, lr, grad_norm, time.perf_counter() - started))
-        watch(log[-1], k, s)
-        bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", accuracy=f"{log[-1]['accuracy']:.2f}")
         ledger.optimizer_steps += 1
-        if (step + 1) % s.checkpoint_every == 0 and step + 1 < steps and state.is_main_process:
-            with atomic(checkpoint) as temporary:
-                torch.save({"unet": trained, "optimizer": optimizer.state_dict(), "step": step + 1,
-                            "log": log}, temporary)
+
+        # The log; a run that can only get worse stops here.
+        seconds = time.perf_counter() - started
+        row = log_row(values, step, lr, grad_norm, seconds)
+        log.append(row)
+        tracking.log(tracker, "train", row, before + step)
+        watch(row, k, s)
+        progress.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}")
+        if (step + 1) % s.checkpoint_every == 0 and step + 1 < steps and is_main():
+            save_checkpoint(checkpoint, trained, optimizer, log)
+    tracking.finish(tracker)
     return policy, pd.DataFrame(log)
 
 
-def log_row(parts: torch.Tensor, step: int, lr: float, grad_norm: torch.Tensor, seconds: float) -> dict:
-    """One line of the log from (6, B): four errors, loss, margin. Gains are reference minus policy error."""
-    win, lose, ref_win, ref_lose, loss, margin = parts
-    values = torch.stack([loss.mean(), (ref_win - win).mean(), (ref_lose - lose).mean(), margin.mean(),
-                          (margin > 0).float().mean() + .5 * (margin == 0).float().mean(), grad_norm, win.mean(),
-                          ref_win.mean()])
-    names = ("loss", "win_error_gain", "lose_error_gain", "margin", "accuracy", "grad_norm", "win_error", "ref_error")
-    return {"step": step, **dict(zip(names, values.tolist())), "lr": lr, "seconds": seconds}
+def log_row(values: torch.Tensor, step: int, lr: float, grad_norm: torch.Tensor,
+            seconds: float) -> dict:
+    """One line of the log from (6, B) errors, losses and margins: means over the pairs.
+
+    Gains are reference minus policy error; a margin of exactly zero counts as half right.
+    """
+    win, lose, ref_win, ref_lose, loss, margin = values
+    right = (margin > 0).float().mean()
+    undecided = (margin == 0).float().mean()
+    row = {
+        "loss": loss.mean(),
+        "win_error_gain": (ref_win - win).mean(),
+        "lose_error_gain": (ref_lose - lose).mean(),
+        "margin": margin.mean(),
+        "accuracy": right + .5 * undecided,
+        "grad_norm": grad_norm,
+        "win_error": win.mean(),
+        "ref_error": ref_win.mean(),
+    }
+
+    # The device is asked once for all of them.
+    numbers = torch.stack(list(row.values())).tolist()
+    return {"step": step, **dict(zip(row, numbers)), "lr": lr, "seconds": seconds}
 
 
 def watch(row: dict, k: int, s: Settings) -> None:
     """Stop a run that can only get worse; the last checkpoint stays."""
+    where = f"iter{k}, step {row['step']}"
     if not torch.tensor([row["loss"], row["grad_norm"]]).isfinite().all():
-        raise UserError(f"iter{k}, step {row['step']}: the loss is not finite ({row['loss']}); lower --lr (now {s.lr}) "
-                        f"or use --dtype float32, in another --run; nothing after the last checkpoint was kept")
-    if row["win_error"] > STRAY * (row["ref_error"] if s.loss == "dpo" else 1):
-        raise UserError(f"iter{k}, step {row['step']}: the policy's error on winners ({row['win_error']:.3g}) is over "
-                        f"{STRAY:g} times the reference's, it has diverged; lower --lr (now {s.lr}) or raise --beta (now "
-                        f"{s.beta}), in another --run; nothing after the last checkpoint was kept")
+        raise UserError(f"{where}: the loss is not finite ({row['loss']}); lower --lr (now {s.lr}) "
+                        f"or use --dtype float32, in another --run; nothing after the last "
+                        f"checkpoint was kept")
+
+    reference = 1.
+    if s.loss == "dpo":
+        reference = row["ref_error"]
+    if row["win_error"] > STRAY * reference:
+        raise UserError(f"{where}: the policy's error on winners ({row['win_error']:.3g}) is over "
+                        f"{STRAY:g} times the reference's, it has diverged; lower --lr (now "
+                        f"{s.lr}) or raise --beta (now {s.beta}), in another --run; nothing after "
+                        f"the last checkpoint was kept")
 
 
-def summary_line(k: int, log: pd.DataFrame, judge: Path) -> str:
-    """A round in one line: the self-judge that made its pairs, and the second half of its training."""
-    last, said = log.tail(max(1, len(log) // 2)).mean(), ""
-    if judge.exists():
-        j = json.loads(judge.read_text())
-        accuracy = f"{j['accuracy']:.2f} [{j['low']:.2f}, {j['high']:.2f}]" if j["pairs"] else "not measured"
-        said = f"self-judge {accuracy}, diversity {j['diversity']:.3f}, self-pair margin {j['margin']:.2f} | "
-    gains = f"winner gain {last.win_error_gain:+.1e}, loser gain {last.lose_error_gain:+.1e}, "
-    gains = gains if log.win_error_gain.notna().all() else ""                 # MaPO has no reference to gain on
-    return (f"Iter{k}: {said}{len(log)} steps: loss {last.loss:.3f}, {gains}margin {last.margin:+.2f}, "
-            f"implicit accuracy {last.accuracy:.2f}")
+# ---- the stage: read, compute, write ----
+
+def summary_line(k: int, log: pd.DataFrame, judge_file: Path) -> str:
+    """A round in one line: the self-judge that made its pairs, and the second half of its steps."""
+    judge = ""
+    if judge_file.exists():
+        facts = json.loads(judge_file.read_text())
+        accuracy = "not measured"
+        if facts["pairs"]:
+            accuracy = f"{facts['accuracy']:.2f} [{facts['low']:.2f}, {facts['high']:.2f}]"
+        judge = (f"self-judge {accuracy}, diversity {facts['diversity']:.3f}, "
+                 f"self-pair margin {facts['margin']:.2f} | ")
+
+    last = log.tail(max(1, len(log) // 2)).mean()
+    gains = ""
+    if log.win_error_gain.notna().all():                      # MaPO has no reference to gain on
+        gains = (f"winner gain {last.win_error_gain:+.1e}, "
+                 f"loser gain {last.lose_error_gain:+.1e}, ")
+    return (f"Iter{k}: {judge}{len(log)} steps: loss {last.loss:.3f}, {gains}"
+            f"margin {last.margin:+.2f}, implicit accuracy {last.accuracy:.2f}")
+
+
+def check_processes(s: Settings) -> None:
+    processes = process_state().num_processes
+    if s.batch // s.micro_batch % processes:
+        raise UserError(f"--batch {s.batch} in micro-batches of {s.micro_batch} does not divide "
+                        f"among {processes} processes; choose --micro-batch so that it does")
 
 
 def main(argv: list[str]) -> None:
-    s, own = load(argv, __doc__, ITER)
-    k, folder = own.iter, Path(s.run) / f"iter{own.iter}"
+    s, stage = load(argv, __doc__, ITER)
+    k = stage.iter
+    folder = Path(s.run) / f"iter{k}"
     if (folder / "unet").exists():
-        return print(f"04 train: {folder}/unet is there, nothing to do")
+        print(f"04 train: {folder}/unet is there, nothing to do")
+        return
+    check_processes(s)
+    if is_main():
+        keep_code(s.run, __file__)
+
+    # SAIL* (--start): Iter0 is given.
     if s.start and k == 0:
-        from lib import rows
-        if PartialState().is_main_process:
-            save_model(replace(s, lora_rank=0), 0, rows.load_unet(replace(s, dtype="float32"), s.start))
-        return print(f"Iter0: {s.start}, as given")
+        take_start(s)
+        return
+
+    # read
     pairs, n_human = training_pairs(s, k)
+
+    # compute and write
     with Ledger(s.run, "04_train_dpo", k, str(models.device_of(s))) as ledger:
         policy, log = train(s, k, pairs, n_human, ledger)
-        if PartialState().is_main_process:
-            columns = ["step", "loss", "win_error_gain", "lose_error_gain", "margin", "accuracy", "lr", "grad_norm",
-                       "seconds"]
-            write_table(log[columns], folder / "train_log.parquet")
+        if is_main():
+            write_table(log[list(TRAIN_LOG_COLUMNS)], folder / "train_log.parquet")
             save_model(s, k, policy)
-    PartialState().print(summary_line(k, log, folder / "judge.json"))
+    if is_main():
+        print(summary_line(k, log, folder / "judge.json"))
+
+
+def take_start(s: Settings) -> None:
+    from lib.rivals.given_start import load_start
+    if is_main():
+        save_model(replace(s, lora_rank=0), 0, load_start(s))
+        print(f"Iter0: {s.start}, as given")
 
 
 if __name__ == "__main__":

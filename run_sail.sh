@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SAIL from the human seed to the table.
+# SAIL from human pairs to the table.
 #
 #   ./run_sail.sh                                 the embedded world, on a CPU, in minutes
 #   ./run_sail.sh tiny --run runs/no-mixup --alpha 1.0 --iters 5
@@ -14,27 +14,43 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/lib/setup.sh"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-if [ "${1:-}" = study ]; then shift; exec "$python" "$root/lib/study.py" "$@"; fi
+if [ "${1:-}" = study ]; then exec "$python" -m lib.study "${@:2}"; fi
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then set -- --preset "$@"; fi
-case " $* " in *" --help "* | *" -h "*)
-    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$root/run_sail.sh"; PYTHONPATH="$root" exec "$python" -m lib.settings --help;;
-*" --plan "*) PYTHONPATH="$root" exec "$python" -m lib.plan "$@";;
+case " $* " in
+*" --help "* | *" -h "*)
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$root/run_sail.sh"
+    exec "$python" -m lib.settings --help;;
+*" --plan "*)
+    exec "$python" -m lib.plan "$@";;
 esac
 
-line=$(PYTHONPATH="$root" "$python" -m lib.settings "$@")        # makes or checks <run>/config.json
+line=$("$python" -m lib.settings "$@")                          # makes or checks <run>/config.json
 read -r iters alpha run <<< "$line"
 find "$run" -name '.*.tmp' -type f -delete                      # what a kill left half-written
 echo "run folder: $run"
 
+# A stage is `python 0X_stage.py ... --run RUN`. Without a GPU one Python that has imported torch forks them all, so that
+# only the first of them waits for the import (lib/warm.py); SAIL_LAUNCH starts them its own way.
+if [ -n "${SAIL_LAUNCH:-}" ] || command -v nvidia-smi >/dev/null; then
+    [ "$python" = python ] || PATH="${python%/*}:$PATH"         # for SAIL_LAUNCH="accelerate launch ..."
+    launch() { ${SAIL_LAUNCH:-"$python"} "$root/$1" "${@:2}" --run "$run"; }
+else
+    pipes=$(mktemp -d)
+    mkfifo "$pipes/stages" "$pipes/codes"
+    "$python" -m lib.warm < "$pipes/stages" 3> "$pipes/codes" &
+    exec 8> "$pipes/stages" 9< "$pipes/codes"
+    rm -r "$pipes"
+    launch() { printf '%s\n' "$root/$1" "${@:2}" --run "$run" "" >&8 && read -r code <&9 && return "$code"; }
+fi
+
 # Each stage runs unless what it makes last is there; it resumes within itself.
-[ "$python" = python ] || PATH="${python%/*}:$PATH"              # for SAIL_LAUNCH="accelerate launch --num_processes 8"
-launch() { ${SAIL_LAUNCH:-"$python"} "$root/$1" "${@:2}" --run "$run"; }
 stage() { [ -e "$run/$1" ] || launch "${@:2}"; }
 stage prompts.parquet 01_seed.py                                # human pairs and prompts
-stage iter0/unet 04_train_dpo.py --iter 0                       # Iter0: Diffusion-DPO on the seed
+stage iter0/unet 04_train_dpo.py --iter 0                       # Iter0: Diffusion-DPO on the human pairs
 for ((k = 1; k <= iters; k++)); do
-    if [ "$alpha" != 0.0 ]; then                                # seed-only training needs no candidates
+    if [ "$alpha" != 0.0 ]; then                                # human pairs alone need no candidates
         stage "iter$k/candidates.parquet" 02_generate.py --iter "$k"    # N per new prompt, from model k-1
         stage "iter$k/pairs.parquet" 03_rank.py --iter "$k"             # its own ranking: best and worst
     fi

@@ -1,69 +1,122 @@
-"""Prompts and seeds in, picture files (and their latents) out: what stages 01, 02 and 05 share."""
+"""Prompts and random seeds in, picture files (and their latents) out, for stages 01, 02 and 05.
+
+The textbook's sampler is lib/diffusion.py. Here it works through a table of pictures, in batches
+that do not depend on what a stopped run has drawn already.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import PartialState
-from tqdm import tqdm
 
 from lib import models
-from lib.run import Ledger, save_image, save_latent
+from lib.diffusion import sample
+from lib.run import Ledger, bar, is_main, my_share, save_image, save_latent, wait
 from lib.settings import Settings
 
 
-def start_noise(seeds: list[int], shape: tuple[int, ...], device) -> tuple[torch.Tensor, list[torch.Generator]]:
-    """Unit noise (B, *shape) drawn on the CPU, one generator per image, which a stochastic sampler goes on to use."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device), generators
+def start_noise(seeds: list[int], shape: tuple[int, ...],
+                device) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """Unit noise (B, *shape), drawn on the CPU, and the generators it came from, one per picture.
 
-
-def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str, keep_latents: bool,
-          unet=None) -> None:
-    """Draw the images that `jobs` (prompt, seed, image: path in the run folder) still lacks, from model K or `unet`.
-
-    Batches are fixed by the table's order, and a batch with any image missing is drawn again whole, so a resumed
-    run makes the same bits. Several processes take turns by batch. Decoded files are written by threads while the
-    next batch is sampled.
+    A sampler that adds noise at its steps goes on with the same generators.
     """
-    run, state = Path(s.run), PartialState()
-    batches = [jobs.iloc[i:i + s.sample_batch] for i in range(0, len(jobs), s.sample_batch)]
-    batches = batches[state.process_index::state.num_processes]
-    batches = [b for b in batches if not all((run / image).exists() for image in b.image)]
+    generators = []
+    noise = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        generators.append(generator)
+        noise.append(torch.randn(shape, generator=generator))
+    return torch.stack(noise).to(device), generators
+
+
+def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str,
+          keep_latents: bool, unet=None) -> None:
+    """Draw the pictures that `jobs` (prompt, seed, image: path in the run folder) still lacks.
+
+    They are drawn by model k of the run, or by `unet` where it is given. Batches are fixed by the
+    table's order, and one with any picture missing is drawn again whole: a resumed run makes the
+    same bits.
+    """
+    run = Path(s.run)
+    starts = range(0, len(jobs), s.sample_batch)
+    batches = [jobs.iloc[start:start + s.sample_batch] for start in starts]
+
+    # Of this process's turn, the batches that lack a picture.
+    to_draw = []
+    for batch in my_share(batches):
+        if not all((run / image).exists() for image in batch.image):
+            to_draw.append(batch)
+
+    # One process encodes the prompts; then all of them read the files.
     encoder = models.PromptEncoder(s)
-    if state.is_main_process:
+    if is_main():
         encoder.prepare(jobs.prompt.tolist())
-    state.wait_for_everyone()
-    if not batches:                                           # another process may have some: meet it at the end
-        return state.wait_for_everyone()
-    unet = models.load_unet(s, k) if unet is None else unet
-    scheduler, vae = models.load_sampler(s), models.load_vae(s)
-    side = s.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    device, shape = models.device_of(s), (unet.config.in_channels, side, side)
+    wait()
+
+    if to_draw:
+        if unet is None:
+            unet = models.load_unet(s, k)
+        paint_batches(s, unet, encoder, to_draw, ledger, title, keep_latents)
+    wait()
+
+
+def paint_batches(s: Settings, unet, encoder: models.PromptEncoder, batches: list[pd.DataFrame],
+                  ledger: Ledger, title: str, keep_latents: bool) -> None:
+    """Sample, decode, write; threads write the files of a batch while the next one is sampled."""
+    run = Path(s.run)
+    device = models.device_of(s)
+    scheduler = models.load_sampler(s)
+    vae = models.load_vae(s)
     empty = encoder.unconditional()
-    with ThreadPoolExecutor(4) as writers, tqdm(total=sum(map(len, batches)), desc=title, unit="image",
-                                                disable=not state.is_local_main_process) as bar:
-        pending = []
+
+    # The shape of a latent.
+    side = s.resolution // models.vae_factor(vae)
+    shape = (unet.config.in_channels, side, side)
+
+    # What a picture costs: guidance doubles the UNet's forwards.
+    forwards = s.sample_steps
+    if s.cfg_scale != 1:
+        forwards *= 2
+
+    count = sum(len(batch) for batch in batches)
+    progress = bar(None, title, "image", total=count)
+    writing = []                                # by threads, of the batch before
+    with ThreadPoolExecutor(4) as writers, progress:
         for batch in batches:
             noise, generators = start_noise(batch.seed.tolist(), shape, device)
-            latents = models.sample(unet, scheduler, noise, encoder(batch.prompt.tolist()), empty, s.sample_steps,
-                                    s.cfg_scale, generators)
-            pictures, latents = models.decode(vae, latents), latents.cpu()
-            for future in pending:
+            condition = encoder(batch.prompt.tolist())
+            latents = sample(unet, scheduler, noise, condition, empty,
+                             s.sample_steps, s.cfg_scale, generators)
+            pictures = models.decode(vae, latents)
+
+            # An error of a writing thread is raised here, one batch later.
+            for future in writing:
                 future.result()
-            pending = [writers.submit(_write, picture, latent if keep_latents else None, run / image)
-                       for picture, latent, image in zip(pictures, latents, batch.image)]
+
+            # Pictures that only the evaluation looks at need no latent.
+            writing = []
+            for picture, latent, image in zip(pictures, latents.cpu(), batch.image):
+                if not keep_latents:
+                    latent = None
+                writing.append(writers.submit(write_picture, picture, latent, run / image))
+
+            # What has been drawn, for the ledger and for the bar.
             ledger.images += len(batch)
-            ledger.unet_forwards += len(batch) * s.sample_steps * (2 if s.cfg_scale != 1 else 1)
-            bar.update(len(batch))
-        for future in pending:
+            ledger.unet_forwards += len(batch) * forwards
+            progress.update(len(batch))
+
+        # The last batch's files.
+        for future in writing:
             future.result()
-    state.wait_for_everyone()
 
 
-def _write(picture: torch.Tensor, latent: torch.Tensor | None, path: Path) -> None:
-    """The picture last: a file that exists has its latent too."""
+def write_picture(picture: torch.Tensor, latent: torch.Tensor | None, path: Path) -> None:
+    """Write a picture (3, H, W) in 0..1, and its latent (C, h, w) where it is to be kept.
+
+    The picture is written last: a picture that exists has its latent too.
+    """
     from torchvision.transforms.functional import to_pil_image
     if latent is not None:
         save_latent({"mean": latent}, path)

@@ -1,4 +1,4 @@
-"""Stage 05: each kind of row is what it says, scores belong to nothing else, and the table's numbers are right."""
+"""Stage 05: each kind of row is what it says, and a score belongs to nothing but its pictures."""
 
 import gc
 import json
@@ -16,21 +16,30 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lib import models, oracle, paper, report, rows, scoring
+import lib.run
+from lib import models, sampler, sheets
+from lib.diffusion import predict
+from lib.eval import rows, scores
+from lib.models import BASE
+from lib.rivals import controls, online_dpo
 from lib.run import UserError, seed_of
 from lib.settings import PRESETS, Settings
+from lib.world import captions, people
 
-SMALL = ["--preset=tiny", "--eval-count", "4", "--eval-seeds", "1", "--sample-steps", "2", "--device", "cpu"]
-TABLE1 = ROOT.parent / "shared/data/paper_table1.csv"
+WORLD_BASE = ROOT / "lib/world/base"
+SMALL = ["--preset=tiny", "--eval-count", "4", "--eval-seeds", "1", "--sample-steps", "2",
+         "--device", "cpu"]
+COMMIT = "c0ffee" * 6 + "c0ff"
 
 
 def changed(seed: int) -> UNet2DConditionModel:
     """The base's UNet with noise on its weights."""
-    unet = UNet2DConditionModel.from_pretrained(ROOT / "lib/tiny", subfolder="unet")
+    unet = UNet2DConditionModel.from_pretrained(WORLD_BASE, subfolder="unet")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in unet.parameters():
-            p.add_(.1 * p.std(correction=0) * torch.randn(p.shape, generator=generator))
+        for weight in unet.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.add_(.1 * weight.std(correction=0) * noise)
     return unet
 
 
@@ -40,7 +49,12 @@ def evaluate(run: Path, *more) -> pd.DataFrame:
     return pd.read_parquet(run / "eval/scores.parquet")
 
 
+def scores_of(table: pd.DataFrame, model: str) -> np.ndarray:
+    return table[table.model == model][scores.WORLD].to_numpy()
+
+
 def refuses(call, *arguments) -> str:
+    """The message of the UserError that a call raises, in one line."""
     with pytest.raises(UserError) as error:
         call(*arguments)
     assert "\n" not in str(error.value)
@@ -49,7 +63,10 @@ def refuses(call, *arguments) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_to_collect():
-    """What is imported by now is left out when the stage frees a model's memory: half the time of a small evaluation."""
+    """What is imported by now is left out when the stage frees a model's memory.
+
+    That is half the time of a small evaluation.
+    """
     gc.collect()
     gc.freeze()
     yield
@@ -57,8 +74,8 @@ def few_to_collect():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Models of a run, iter0 and iter3, and one from outside: a UNet's folder, and a pipeline with it."""
+def made(tmp_path_factory) -> Path:
+    """Models of a run, iter0 and iter3, and a pipeline's folder from outside, with its UNet."""
     folder = tmp_path_factory.mktemp("made")
     for k in (0, 3):
         changed(k).save_pretrained(folder / f"iter{k}/unet")
@@ -67,7 +84,7 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def run(made, tmp_path):
+def run(made, tmp_path) -> Path:
     """A run folder with Iter0 and Iter3, for stage 05 alone."""
     for k in (0, 3):
         shutil.copytree(made / f"iter{k}", tmp_path / f"run/iter{k}")
@@ -75,179 +92,311 @@ def run(made, tmp_path):
 
 
 @pytest.fixture
-def s(run):
+def s(run) -> Settings:
     return Settings(run=str(run), device="cpu")
 
 
 @torch.no_grad()
-def predicts(unet, generator=torch.Generator()) -> torch.Tensor:
+def answer(unet) -> torch.Tensor:
     """A UNet's answer (2, 12, 8, 8) to one fixed question."""
-    generator.manual_seed(5)
-    noisy, text = torch.randn(2, 12, 8, 8, generator=generator), torch.randn(2, 16, 64, generator=generator)
-    return models.predict(unet, noisy, torch.tensor([300, 700]), {"embeds": text})
+    generator = torch.Generator().manual_seed(5)
+    x_t = torch.randn(2, 12, 8, 8, generator=generator)
+    text = torch.randn(2, 16, 64, generator=generator)
+    return predict(unet, x_t, torch.tensor([300, 700]), {"embeds": text})
 
 
-# ---- models ----
+# ---- models from elsewhere ----
 
 def hub_cache(monkeypatch, folder: Path, repo: str, files: Path) -> None:
     """A hub of one model: this machine's cache has it, and nothing else answers."""
     from huggingface_hub import constants
-    commit, home = "c0ffee" * 6 + "c0ff", folder / f"models--{repo.replace('/', '--')}"
-    shutil.copytree(files, home / "snapshots" / commit)
+
+    home = folder / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(files, home / "snapshots" / COMMIT)
     (home / "refs").mkdir()
-    (home / "refs/main").write_text(commit)
+    (home / "refs/main").write_text(COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize("kind", ["folder with unet/", "UNet folder", "UNet beside other files", "only half precision",
-                                  "hub id, unet/", "hub id, root"])
-def test_a_unet_is_found_wherever_it_lies(made, s, kind, tmp_path, monkeypatch):
-    where, inner = made / "outside", made / "outside/unet"
-    if kind == "UNet folder":
-        where = inner
-    elif kind == "UNet beside other files":
-        where = shutil.copytree(inner, tmp_path / "repository")
-        (where / "README.md").write_text("a model")
-        save_file({"x": torch.zeros(1)}, where / "other.safetensors")
-    elif kind == "only half precision":
-        where = tmp_path / "half"
-        UNet2DConditionModel.from_pretrained(inner).half().save_pretrained(where / "unet", variant="fp16")
-    elif kind.startswith("hub"):
-        hub_cache(monkeypatch, tmp_path, "me/mine", inner if kind.endswith("root") else where)
-        where = "me/mine"
-        assert rows.identity(s, where) == "me/mine@" + "c0ffee" * 6 + "c0ff"
-    unet = rows.load_row(s, str(where))
-    expected = predicts(UNet2DConditionModel.from_pretrained(inner).eval())
-    assert torch.allclose(predicts(unet), expected, atol=5e-3 if "half" in kind else 0)
-    assert not unet.training and not any(p.requires_grad for p in unet.parameters())
+@pytest.fixture
+def outside(made, tmp_path, monkeypatch):
+    """The model from outside, laid out in any of the ways in which models are published."""
+    pipeline = made / "outside"
+    unet = made / "outside/unet"
+
+    def lay_out(layout: str) -> str:
+        if layout == "folder with unet/":
+            return str(pipeline)
+        if layout == "UNet folder":
+            return str(unet)
+        if layout == "UNet beside other files":
+            shutil.copytree(unet, tmp_path / "repository")
+            (tmp_path / "repository/README.md").write_text("a model")
+            save_file({"x": torch.zeros(1)}, tmp_path / "repository/other.safetensors")
+            return str(tmp_path / "repository")
+        if layout == "hub id, unet/":
+            hub_cache(monkeypatch, tmp_path, "me/mine", pipeline)
+            return "me/mine"
+        hub_cache(monkeypatch, tmp_path, "me/mine", unet)
+        return "me/mine"
+
+    return lay_out
+
+
+LAYOUTS = ["folder with unet/", "UNet folder", "UNet beside other files", "hub id, unet/",
+           "hub id, root"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_unet_is_found_wherever_it_lies(made, s, outside, layout):
+    unet = rows.load_row(s, outside(layout))
+    expected = UNet2DConditionModel.from_pretrained(made / "outside/unet").eval()
+    assert torch.equal(answer(unet), answer(expected))
+    assert not unet.training
+    assert not any(weight.requires_grad for weight in unet.parameters())
+
+
+def test_a_unet_published_in_half_precision_only_is_found(made, s, tmp_path):
+    half = UNet2DConditionModel.from_pretrained(made / "outside/unet").half()
+    half.save_pretrained(tmp_path / "half/unet", variant="fp16")
+    unet = rows.load_row(s, str(tmp_path / "half"))
+    expected = UNet2DConditionModel.from_pretrained(made / "outside/unet").eval()
+    assert torch.allclose(answer(unet), answer(expected), atol=5e-3)
+
+
+@pytest.mark.parametrize("layout", ["hub id, unet/", "hub id, root"])
+def test_a_hub_model_is_told_by_its_commit(s, outside, layout):
+    assert rows.identity(s, outside(layout)) == f"me/mine@{COMMIT}"
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
+def adapters(tmp_path_factory) -> Path:
     """One adapter of rank 4 in diffusers' form and in kohya's, there with alpha 2."""
     from peft import LoraConfig, get_peft_model_state_dict
-    folder, unet = tmp_path_factory.mktemp("adapters"), changed(0)
+
+    folder = tmp_path_factory.mktemp("adapters")
+    unet = changed(0)
     torch.manual_seed(0)
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_v"]))
-    StableDiffusionPipeline.save_lora_weights(folder / "folder", get_peft_model_state_dict(unet))
-    state = load_file(folder / "folder" / rows.ADAPTER)
-    kohya = {}
-    for key, weight in state.items():
-        module, end = key.removeprefix("unet.").split(".lora_")                     # end: A.weight or B.weight
-        name, part = "lora_unet_" + module.replace(".", "_"), "lora_down" if end[0] == "A" else "lora_up"
-        kohya |= {f"{name}.{part}.weight": weight, f"{name}.alpha": torch.tensor(2.)}
-    save_file(kohya, folder / "kohya.safetensors")
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False,
+                                target_modules=["to_q", "to_v"]))
+    weights = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(folder / "folder", weights)
     shutil.copy(folder / "folder" / rows.ADAPTER, folder / "mine.safetensors")
+
+    kohya = {}
+    for key, weight in load_file(folder / "mine.safetensors").items():
+        module, end = key.removeprefix("unet.").split(".lora_")     # end: A.weight or B.weight
+        name = "lora_unet_" + module.replace(".", "_")
+        part = "lora_down" if end.startswith("A") else "lora_up"
+        kohya[f"{name}.{part}.weight"] = weight
+        kohya[f"{name}.alpha"] = torch.tensor(2.)
+    save_file(kohya, folder / "kohya.safetensors")
     return folder
 
 
-@pytest.mark.parametrize("name", ["folder", "mine.safetensors", "kohya.safetensors", "hub id", "hub file"])
-def test_an_adapter_in_the_weights_equals_diffusers_own(adapters, s, name, tmp_path, monkeypatch):
-    where = adapters / {"hub id": "folder", "hub file": "kohya.safetensors"}.get(name, name)
-    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "lib/tiny", dtype=torch.float32)
-    base = predicts(pipe.unet)
-    if where.is_file():
-        pipe.load_lora_weights(where.parent, weight_name=where.name)
-    else:
-        pipe.load_lora_weights(where)
-    if name.startswith("hub"):
-        hub_cache(monkeypatch, tmp_path, "me/adapter", adapters / "folder" if name == "hub id" else adapters)
-        where = "me/adapter" if name == "hub id" else "me/adapter/kohya.safetensors"
-    ours, theirs = predicts(rows.load_row(s, str(where))), predicts(pipe.unet)
-    assert (theirs - base).abs().max() > .05
+def diffusers_with_adapter(folder: Path, file: str) -> UNet2DConditionModel:
+    """The base's UNet with an adapter as diffusers adds it."""
+    pipe = StableDiffusionPipeline.from_pretrained(WORLD_BASE, dtype=torch.float32)
+    base = answer(pipe.unet)
+    pipe.load_lora_weights(folder, weight_name=file)
+    assert (answer(pipe.unet) - base).abs().max() > .05
+    return pipe.unet
+
+
+@pytest.mark.parametrize("where, file", [
+    ("folder", f"folder/{rows.ADAPTER}"),
+    ("mine.safetensors", "mine.safetensors"),
+    ("kohya.safetensors", "kohya.safetensors"),
+])
+def test_an_adapter_in_the_weights_equals_diffusers_own(adapters, s, where, file):
+    ours = answer(rows.load_row(s, str(adapters / where)))
+    theirs = answer(diffusers_with_adapter(adapters, file))
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("published, where, file", [
+    ("folder", "me/adapter", f"folder/{rows.ADAPTER}"),
+    (".", "me/adapter/kohya.safetensors", "kohya.safetensors"),
+])
+def test_an_adapter_comes_from_the_hub_too(adapters, s, published, where, file, tmp_path,
+                                           monkeypatch):
+    theirs = answer(diffusers_with_adapter(adapters, file))
+    hub_cache(monkeypatch, tmp_path, "me/adapter", adapters / published)
+    assert torch.allclose(answer(rows.load_row(s, where)), theirs, atol=1e-4)
+
+
+# ---- the two controls ----
+
+@pytest.mark.parametrize("text, control", [
+    ("extrapolate:Iter0:2", ("extrapolate", 0, 2.)),
+    ("guide:Iter12:-1.5", ("guide", 12, -1.5)),
+    ("extrapolate:Iter3:.5", ("extrapolate", 3, .5)),
+    ("me/extrapolate", None),
+    ("guide", None),
+])
+def test_the_text_of_a_control_is_read(text, control):
+    assert controls.parse_control(text) == control
+
+
+@pytest.mark.parametrize("text", ["extrapolate:Iter0", "guide:base:2", "guide:Iter0:two", "guide:"])
+def test_a_control_that_is_not_whole_is_refused(text):
+    message = refuses(controls.parse_control, text)
+    assert f"--row {text}:" in message
+    assert "extrapolate:Iter0:2" in message
+
+
+@pytest.mark.parametrize("gamma, k", [(0, BASE), (1, 0)])
+def test_extrapolation_by_0_is_the_base_and_by_1_the_model(s, gamma, k):
+    extrapolated = rows.load_row(s, f"extrapolate:Iter0:{gamma}").state_dict()
+    for key, weight in models.load_unet(s, k).state_dict().items():
+        assert torch.equal(extrapolated[key], weight)
+
+
 def test_extrapolation_is_a_line_through_base_and_iter0(s):
-    base, iter0 = (dict(models.load_unet(s, k).named_parameters()) for k in (-1, 0))
-    for gamma in (0, 1, 2.5):
-        made = dict(rows.load_row(s, f"extrapolate:Iter0:{gamma}").named_parameters())
-        for key, p in base.items():
-            if gamma in (0, 1):
-                assert torch.equal(made[key], iter0[key] if gamma else p), key
-            assert torch.allclose(made[key].double(), p.double() + gamma * (iter0[key].double() - p.double()), atol=1e-6)
+    base = models.load_unet(s, BASE).double().state_dict()
+    iter0 = models.load_unet(s, 0).double().state_dict()
+    extrapolated = rows.load_row(s, "extrapolate:Iter0:2.5").double().state_dict()
+    for key, weight in base.items():
+        expected = weight + 2.5 * (iter0[key] - weight)
+        assert torch.allclose(extrapolated[key], expected, atol=1e-6)
 
 
-def test_guidance_adds_the_difference_of_two_predictions(s, monkeypatch):
-    base, iter3 = predicts(models.load_unet(s, -1)).double(), predicts(models.load_unet(s, 3)).double()
-    assert torch.equal(predicts(rows.load_row(s, "guide:Iter3:0")), iter3.float())
-    for w in (1.5, -.5):
-        found = predicts(rows.load_row(s, f"guide:Iter3:{w}")).double()
-        assert torch.allclose(found, (1 + w) * iter3 - w * base, atol=1e-5)
+def test_guidance_by_0_is_the_model(s):
+    assert torch.equal(answer(rows.load_row(s, "guide:Iter3:0")), answer(models.load_unet(s, 3)))
 
 
-def bad_models(made, adapters, folder: Path) -> dict[str, tuple]:
-    """where: words of the refusal."""
-    other = json.loads((made / "outside/unet/config.json").read_text())
-    changes = {"sd": {"cross_attention_dim": 768}, "clip": {"_class_name": "CLIPTextModel"}, "weightless": {}}
+@pytest.mark.parametrize("w", [1.5, -0.5])
+def test_guidance_adds_the_difference_of_two_predictions(s, w):
+    base = answer(models.load_unet(s, BASE)).double()
+    iter3 = answer(models.load_unet(s, 3)).double()
+    guided = answer(rows.load_row(s, f"guide:Iter3:{w}")).double()
+    assert torch.allclose(guided, (1 + w) * iter3 - w * base, atol=1e-5)
+
+
+def test_a_control_is_another_one_when_either_of_its_models_is(run, s, tmp_path):
+    control = "guide:Iter0:1"
+    first = rows.identity(s, control)
+    other_base = shutil.copytree(WORLD_BASE, tmp_path / "base")
+    (other_base / "unet/config.json").touch()
+    second = rows.identity(Settings(run=str(run), model=str(other_base), device="cpu"), control)
+    (run / "iter0/unet/config.json").touch()
+    third = rows.identity(s, control)
+    assert len({first, second, third}) == 3
+
+
+# ---- rows that cannot work ----
+
+@pytest.fixture
+def bad_models(made, adapters, tmp_path, monkeypatch) -> Path:
+    """A folder of models that cannot be rows, without a hub."""
+    config = json.loads((made / "outside/unet/config.json").read_text())
+    changes = {
+        "wide": {"cross_attention_dim": 768},
+        "clip": {"_class_name": "CLIPTextModel"},
+        "weightless": {},
+    }
     for name, change in changes.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(other | change))
-    (folder / "weightless/diffusion_pytorch_model.safetensors").write_bytes(b"<html>")
-    (folder / "empty").mkdir()
-    (folder / "broken.safetensors").write_bytes(b"<html>")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+    weights = tmp_path / "weightless/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"<html>")
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.safetensors").write_bytes(b"<html>")
     both = load_file(adapters / "mine.safetensors")
-    text = {key.replace("unet.", "text_encoder.", 1): weight.clone() for key, weight in both.items()}
-    save_file(both | text, folder / "both.safetensors")
-    save_file({"unrelated.weight": torch.zeros(2)}, folder / "nothing.safetensors")
-    return {"sd": ("cross_attention_dim 768", "same architecture"), "clip": ("CLIPTextModel", "UNet2DConditionModel"),
-            "empty": ("no unet/config.json", "adapter"), "nowhere": ("no such file or folder",),
-            "broken.safetensors": ("no adapter that diffusers reads",), "both.safetensors": ("text_encoder", "--model"),
-            "nothing.safetensors": ("nothing.safetensors",), "nowhere/x.safetensors": ("no such file or folder",)}
+    for key, weight in list(both.items()):
+        both[key.replace("unet.", "text_encoder.", 1)] = weight.clone()
+    save_file(both, tmp_path / "both.safetensors")
+    save_file({"unrelated.weight": torch.zeros(2)}, tmp_path / "nothing.safetensors")
 
-
-def test_a_row_that_cannot_work_is_refused_before_any_is_drawn(made, adapters, run, s, tmp_path, monkeypatch):
-    def nobody(*_, **__):
+    def no_hub(*_, **__):
         raise ConnectionError("no name\nresolution")
 
-    monkeypatch.setattr("huggingface_hub.list_repo_files", nobody)
-    bad = {str(tmp_path / name): words for name, words in bad_models(made, adapters, tmp_path).items()}
-    bad |= {"me/typing-error": ("ConnectionError", "local copy"), "run/typing-error": ("no such file or folder",),
-            "extrapolate:Iter7:2": ("iter7/unet does not exist", "--iter 7"), "guide:Iter0": ("guide:IterK:W",),
-            "images:nowhere": ("images:nowhere: no such file or folder",)}
+    monkeypatch.setattr("huggingface_hub.list_repo_files", no_hub)
     monkeypatch.chdir(tmp_path)
-    for where, words in bad.items():
-        message = refuses(evaluate, run, "--row", f"mine={where}")
-        assert where.removeprefix("images:") in message and all(word in message for word in words), message
+    return tmp_path
+
+
+@pytest.mark.parametrize("where, words", [
+    ("./wide", ["cross_attention_dim 768", "same architecture"]),
+    ("./clip", ["CLIPTextModel", "UNet2DConditionModel"]),
+    ("./empty", ["no unet/config.json", "adapter"]),
+    ("./nowhere", ["no such file or folder"]),
+    ("./broken.safetensors", ["no adapter that diffusers reads"]),
+    ("./both.safetensors", ["text_encoder", "--model"]),
+    ("./nothing.safetensors", ["nothing.safetensors"]),
+    ("./nowhere/x.safetensors", ["no such file or folder"]),
+    ("me/typing-error", ["ConnectionError", "local copy"]),
+    ("run/typing-error", ["no such file or folder"]),
+    ("extrapolate:Iter7:2", ["iter7/unet does not exist", "--iter 7"]),
+    ("guide:Iter0", ["guide:IterK:W"]),
+    ("images:nowhere", ["images:nowhere: no such file or folder"]),
+])
+def test_a_row_that_cannot_work_is_refused_before_any_is_drawn(bad_models, run, where, words):
+    where = where.replace("./", f"{bad_models}/")
+    message = refuses(evaluate, run, "--row", f"mine={where}")
+    for word in [where.removeprefix("images:"), *words]:
+        assert word in message
     assert not (run / "eval").exists()
-    assert "download it again" in refuses(rows.load_row, s, str(tmp_path / "weightless"))
+
+
+def test_a_unet_without_readable_weights_is_refused(bad_models, s):
+    assert "download it again" in refuses(rows.load_row, s, str(bad_models / "weightless"))
 
 
 # ---- which rows there are ----
 
-@pytest.mark.parametrize("only", ["", "Iter3, base", "Iter3", "Iter0,Iter3"])
-def test_only_these_models_are_drawn_scored_and_shown(run, only):
-    names = [m for m in ("base", "Iter0", "Iter3") if m in (only or "base Iter0 Iter3")]
-    scores = evaluate(run, *(["--only", only] if only else []))
-    assert list(scores.model.unique()) == names and len(scores) == 4 * len(names)
-    assert sorted(p.name.rsplit("-", 1)[0] for p in (run / "eval/images").iterdir()) == sorted(names)
+@pytest.mark.parametrize("only, names", [
+    ("", ["base", "Iter0", "Iter3"]),
+    ("Iter3, base", ["base", "Iter3"]),
+    ("Iter3", ["Iter3"]),
+    ("Iter0,Iter3", ["Iter0", "Iter3"]),
+])
+def test_only_these_models_are_drawn_scored_and_shown(run, only, names):
+    more = ["--only", only] if only else []
+    drawn = evaluate(run, *more)
+    assert list(drawn.model.unique()) == names
+    assert len(drawn) == 4 * len(names)
+
+    folders = [path.name.rsplit("-", 1)[0] for path in (run / "eval/images").iterdir()]
+    assert sorted(folders) == sorted(names)
     table = pd.read_csv(run / "eval/table.csv")
     assert list(table.model.unique()) == names
-    assert ("gain" in table) == ("base" in names) and ("over_iter0" in table) == ("Iter0" in names)
+    assert ("gain" in table) == ("base" in names)
+    assert ("over_iter0" in table) == ("Iter0" in names)
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--only", "base,Iter7"], ["--only base,Iter7", "'Iter7'", "base, Iter0, Iter3"]), (["--only", ","], ["''"]),
-    (["--row", "base=x/y"], ["'base'", "taken"]), (["--only", "base", "--row", "Iter0=x/y"], ["'Iter0'", "taken"]),
-    (["--row", "x/y"], ["--row x/y", "NAME=WHERE"]), (["--row", "m=x/y", "--row", "m=x/z"], ["'m'", "taken"]),
-    (["--images", "x", "--only", "base"], ["--images", "--row NAME=images:PATH"])])
+    (["--only", "base,Iter7"], ["--only base,Iter7", "'Iter7'", "base, Iter0, Iter3"]),
+    (["--only", ","], ["''"]),
+    (["--row", "base=x/y"], ["'base'", "taken"]),
+    (["--only", "base", "--row", "Iter0=x/y"], ["'Iter0'", "taken"]),
+    (["--row", "x/y"], ["--row x/y", "NAME=WHERE"]),
+    (["--row", "m=x/y", "--row", "m=x/z"], ["'m'", "taken"]),
+    (["--images", "x", "--only", "base"], ["--images", "--row NAME=images:PATH"]),
+])
 def test_rows_that_cannot_be_named_so(run, more, words):
     message = refuses(evaluate, run, *more)
-    assert all(word in message for word in words), message
+    for word in words:
+        assert word in message
 
 
-@pytest.mark.parametrize("preset", ["sd15", "sdxl"])
-def test_rivals_are_rows_and_one_that_is_gone_costs_only_itself(preset, monkeypatch, capsys):
+@pytest.mark.parametrize("preset, names", [
+    ("sd15", {"DiffusionSPO"}),
+    ("sdxl", {"DiffusionSPO", "MaPO"}),
+])
+def test_rivals_are_rows_and_one_that_is_gone_costs_only_itself(preset, names, monkeypatch,
+                                                                capsys):
     def check(s, where):
         if where.startswith("mhdang/"):
             raise UserError(f"{where}: gone")
 
     monkeypatch.setattr(rows, "check", check)
-    own = SimpleNamespace(images="", row=[], only="", rivals=True)
-    found = stage("05").rows_of(Settings(**PRESETS[preset] | {"run": "none"}), own)
-    assert {name for name, where in found.items() if isinstance(where, str)} == {
-        "sd15": {"DiffusionSPO"}, "sdxl": {"DiffusionSPO", "MaPO"}}[preset]
+    s = Settings(**PRESETS[preset] | {"run": "none"})
+    arguments = SimpleNamespace(images="", row=[], only="", rivals=True)
+    compared = stage("05").rows_of_table(s, arguments)
+    assert {name for name, where in compared.items() if isinstance(where, str)} == names
     assert "row DiffusionDPO is left out: mhdang/dpo-sd" in capsys.readouterr().out
 
 
@@ -256,30 +405,40 @@ def test_rivals_are_rows_and_one_that_is_gone_costs_only_itself(preset, monkeypa
 @pytest.fixture
 def pictures(run, tmp_path):
     """Pictures of base and their prompts: a folder with captions, and the same as tables."""
-    scores = evaluate(run, "--only", "base")
+    of_base = evaluate(run, "--only", "base")
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for i, row in enumerate(scores.itertuples()):
+    for i, row in enumerate(of_base.itertuples()):
         shutil.copy(run / row.image, folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(row.prompt + "\n")
-    table = pd.DataFrame({"file_name": [f"{i}.png" for i in range(4)], "caption": scores.prompt, "style": scores["style"]})
-    table.to_csv(folder / "own.csv", index=False)
-    table.to_parquet(folder / "own.parquet", index=False)
-    table.to_json(folder / "own.jsonl", orient="records", lines=True)
-    return scores, folder
+
+    names = [f"{i}.png" for i in range(4)]
+    table = pd.DataFrame({"file_name": names, "caption": of_base.prompt, "style": of_base["style"]})
+    table.to_csv(folder / "mine.csv", index=False)
+    table.to_parquet(folder / "mine.parquet", index=False)
+    table.to_json(folder / "mine.jsonl", orient="records", lines=True)
+    return of_base, folder
 
 
-@pytest.mark.parametrize("name", ["", "own.csv", "own.parquet", "own.jsonl"])
+def utility_of(folder: Path, prompts: pd.Series) -> torch.Tensor:
+    """The oracle's utility of the folder's four pictures under these prompts."""
+    tensors = sheets.read_pictures(folder, [f"{i}.png" for i in range(4)])
+    return people.score(prompts.tolist(), tensors)["utility"]
+
+
+@pytest.mark.parametrize("name", ["", "mine.csv", "mine.parquet", "mine.jsonl"])
 def test_pictures_alone_are_scored_without_a_model(pictures, tmp_path, name, monkeypatch):
     expected, folder = pictures
     monkeypatch.setattr(models, "load_unet", None)
-    found = evaluate(tmp_path / "alone", "--images", folder / name)
-    assert found.prompt.tolist() == expected.prompt.tolist() and set(found.model) == {"images"}
-    assert found["style"].tolist() == (expected["style"].tolist() if name else [""] * 4)
-    assert found[scoring.WORLD].equals(expected[scoring.WORLD])
-    direct = oracle.score(expected.prompt.tolist(), report.read_pictures(folder, [f"{i}.png" for i in range(4)]))
-    np.testing.assert_allclose(found.utility, direct["utility"], rtol=1e-5)
+    scored = evaluate(tmp_path / "alone", "--images", folder / name)
+    assert set(scored.model) == {"images"}
+    assert scored.prompt.tolist() == expected.prompt.tolist()
+    assert scored[scores.WORLD].equals(expected[scores.WORLD])
+    np.testing.assert_allclose(scored.utility, utility_of(folder, expected.prompt), rtol=1e-5)
     assert (tmp_path / "alone/eval/index.html").exists()
+
+    styles = expected["style"].tolist() if name else [""] * 4        # captions have no style
+    assert scored["style"].tolist() == styles
 
 
 def test_pictures_beside_models_are_compared_on_the_prompts_they_have(pictures, run):
@@ -288,243 +447,236 @@ def test_pictures_beside_models_are_compared_on_the_prompts_they_have(pictures, 
     both = evaluate(run, "--only", "base", "--row", f"copies=images:{folder}")
     copies = both[both.model == "copies"]
     assert copies.prompt_id.tolist() == expected.prompt_id.tolist()[:3]
-    assert np.array_equal(copies[scoring.WORLD], expected[scoring.WORLD][:3])
+    assert np.array_equal(copies[scores.WORLD], expected[scores.WORLD][:3])
+
     table = pd.read_csv(run / "eval/table.csv").query("model == 'copies' and style.isna()")
-    assert (table.prompts == 3).all() and (table.gain == 0).all() and (table.win_rate == .5).all()
+    assert (table.prompts == 3).all()
+    assert (table.gain == 0).all()
+    assert (table.win_rate == .5).all()
     text = (run / "eval/table.md").read_text()
-    assert "| base | 0 | 4 |" in text and "| copies |  | 3 |" in text
-    message = refuses(evaluate, run, "--row", f"none=images:{other_prompts(folder)}")
-    assert "none of its prompts" in message and "--images" in message
+    assert "| base | 0 | 4 |" in text
+    assert "| copies |  | 3 |" in text
 
 
-def other_prompts(folder: Path) -> Path:
+def test_pictures_of_other_prompts_cannot_stand_beside_models(pictures, run):
+    _, folder = pictures
     for i in range(4):
         (folder / f"{i}.txt").write_text(f"unknown {i}")
-    return folder
+    message = refuses(evaluate, run, "--row", f"none=images:{folder}")
+    assert "none of its prompts" in message
+    assert "--images" in message
 
 
 def test_the_same_pictures_under_other_prompts_are_scored_again(pictures, tmp_path):
     _, folder = pictures
-    first = evaluate(tmp_path / "alone", "--images", folder / "own.csv")
-    table = pd.read_csv(folder / "own.csv")
-    table.assign(caption=table.caption[::-1].tolist()).to_csv(folder / "own.csv", index=False)
-    second = evaluate(tmp_path / "alone", "--images", folder / "own.csv")
-    direct = oracle.score(second.prompt.tolist(), report.read_pictures(folder, [f"{i}.png" for i in range(4)]))
-    np.testing.assert_allclose(second.utility, direct["utility"], rtol=1e-5)
+    first = evaluate(tmp_path / "alone", "--images", folder / "mine.csv")
+    table = pd.read_csv(folder / "mine.csv")
+    table.assign(caption=table.caption[::-1].tolist()).to_csv(folder / "mine.csv", index=False)
+    second = evaluate(tmp_path / "alone", "--images", folder / "mine.csv")
+    np.testing.assert_allclose(second.utility, utility_of(folder, second.prompt), rtol=1e-5)
     assert not np.allclose(first.utility, second.utility)
 
 
+@pytest.fixture
+def two_pictures(tmp_path) -> Path:
+    """Two pictures of the world's size with captions, no table, and a text that is no picture."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (32, 32)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(captions.CAPTIONS[0])
+    (tmp_path / "secret.png").write_bytes(b"")
+    return folder
+
+
+def refuses_images(folder: Path, columns: dict, run: Path) -> str:
+    pd.DataFrame(columns).to_csv(folder / "mine.csv", index=False)
+    return refuses(evaluate, run, "--images", folder / "mine.csv")
+
+
 @pytest.mark.parametrize("columns, words", [
-    ({"file": ["0.png"], "prompt": ["a"]}, ["own.csv", "no column 'image'"]),
-    ({"image": ["0.png", "gone.png"], "prompt": ["a", "b"]}, ["own.csv, row 1", "gone.png", "drop the row"]),
-    ({"image": ["../run/config.json"], "prompt": ["a"]}, ["own.csv, row 0", "leaves"]),
-    ({"image": ["0.png", "0.txt"], "prompt": ["a", "b"]}, ["own.csv, row 1", "cannot read the image", "0.txt"])])
-def test_bad_tables_of_pictures_are_told_by_file_and_row(pictures, tmp_path, columns, words):
-    _, folder = pictures
-    pd.DataFrame(columns).to_csv(folder / "own.csv", index=False)
-    message = refuses(evaluate, tmp_path / "alone", "--images", folder / "own.csv")
-    assert all(word in message for word in words), message
-    for caption, size, words in (("a prompt", (32, 32), "'a prompt' is no caption"), (None, (64, 48), "64 x 48 pixels")):
-        Image.new("RGB", size).save(folder / "other.png")
-        caption = caption or pd.read_parquet(folder / "own.parquet").caption[0]
-        pd.DataFrame({"image": ["other.png"], "prompt": [caption]}).to_csv(folder / "other.csv", index=False)
-        message = refuses(evaluate, tmp_path / "alone", "--images", folder / "other.csv")
-        assert words in message and "--preset sd15" in message
-    (folder / "1.txt").unlink()
-    assert "no caption 1.txt" in refuses(rows.read_images, str(folder))
+    ({"file": ["0.png"], "prompt": ["a"]}, ["mine.csv", "no column 'image'"]),
+    ({"image": ["0.png", "gone.png"], "prompt": ["a", "b"]},
+     ["mine.csv, row 2", "gone.png", "drop the row"]),
+    ({"image": ["../secret.png"], "prompt": ["a"]}, ["mine.csv, row 1", "leaves"]),
+    ({"image": ["0.png", "0.txt"], "prompt": ["a", "b"]},
+     ["mine.csv, row 2", "cannot read the image", "0.txt"]),
+])
+def test_bad_tables_of_pictures_are_told_by_file_and_row(two_pictures, tmp_path, columns, words):
+    message = refuses_images(two_pictures, columns, tmp_path / "alone")
+    for word in words:
+        assert word in message
+
+
+def test_a_prompt_that_is_no_caption_of_the_world_is_refused(two_pictures, tmp_path):
+    columns = {"image": ["0.png"], "prompt": ["a prompt"]}
+    message = refuses_images(two_pictures, columns, tmp_path / "alone")
+    assert "'a prompt' is no caption" in message
+    assert "--preset sd15" in message
+
+
+def test_a_picture_of_another_size_than_the_worlds_is_refused(two_pictures, tmp_path):
+    Image.new("RGB", (64, 48)).save(two_pictures / "wide.png")
+    columns = {"image": ["wide.png"], "prompt": [captions.CAPTIONS[0]]}
+    message = refuses_images(two_pictures, columns, tmp_path / "alone")
+    assert "64 x 48 pixels" in message
+    assert "--preset sd15" in message
+
+
+def test_a_picture_without_a_caption_is_refused(two_pictures):
+    (two_pictures / "1.txt").unlink()
+    assert "no caption 1.txt" in refuses(rows.read_images, str(two_pictures))
 
 
 # ---- what is kept, and for whom ----
 
 def test_noise_belongs_to_a_prompt_and_not_to_a_model(run):
-    scores = evaluate(run, "--row", "same=extrapolate:Iter0:1", "--eval-seeds", 2)
-    wide = scores.pivot(index=["prompt_id", "seed"], columns="model", values="image")
-    assert wide.notna().all(axis=None) and len(wide) == 8 == scores.seed.nunique()
-    assert set(scores.seed) == {seed_of("eval", p, n) for p in set(scores.prompt) for n in (0, 1)}
+    drawn = evaluate(run, "--row", "same=extrapolate:Iter0:1", "--eval-seeds", 2)
+    wide = drawn.pivot(index=["prompt_id", "seed"], columns="model", values="image")
+    assert wide.notna().all(axis=None)
+    assert len(wide) == 8
+    assert drawn.seed.nunique() == 8
+    expected = {seed_of("eval", prompt, n) for prompt in set(drawn.prompt) for n in (0, 1)}
+    assert set(drawn.seed) == expected
+
     for row in wide.itertuples():
-        assert (run / row.same).read_bytes() == (run / row.Iter0).read_bytes() != (run / row.base).read_bytes()
+        assert (run / row.same).read_bytes() == (run / row.Iter0).read_bytes()
+        assert (run / row.same).read_bytes() != (run / row.base).read_bytes()
 
 
 def test_another_model_under_a_used_name_never_gets_the_old_scores(made, run, tmp_path):
     mine = shutil.copytree(made / "iter3/unet", tmp_path / "mine")
-    of = lambda scores, name: scores[scores.model == name][scoring.WORLD].to_numpy()
     first = evaluate(run, "--row", f"mine={mine}")
-    assert np.array_equal(of(first, "mine"), of(first, "Iter3"))
-    shutil.copy(made / "iter0/unet/diffusion_pytorch_model.safetensors", mine)               # in place
+    assert np.array_equal(scores_of(first, "mine"), scores_of(first, "Iter3"))
+    assert not np.array_equal(scores_of(first, "Iter0"), scores_of(first, "Iter3"))
+
+    # Another one in the same place,
+    shutil.copy(made / "iter0/unet/diffusion_pytorch_model.safetensors", mine)
     second = evaluate(run, "--row", f"mine={mine}")
-    assert np.array_equal(of(second, "mine"), of(first, "Iter0"))
-    assert not np.array_equal(of(first, "Iter0"), of(first, "Iter3"))
-    third = evaluate(run, "--row", "mine=extrapolate:Iter3:1")                               # in another place
-    assert np.array_equal(of(third, "mine"), of(first, "Iter3"))
+    assert np.array_equal(scores_of(second, "mine"), scores_of(first, "Iter0"))
+
+    # and one from another place.
+    third = evaluate(run, "--row", "mine=extrapolate:Iter3:1")
+    assert np.array_equal(scores_of(third, "mine"), scores_of(first, "Iter3"))
+
+
+class Stopping:
+    """A function, interrupted once after so many calls, that notes those that went through."""
+
+    def __init__(self, function, calls: int):
+        self.function = function
+        self.calls = calls
+        self.through = []
+        self.stopped = False
+
+    def __call__(self, *given):
+        if len(self.through) == self.calls and not self.stopped:
+            self.stopped = True
+            raise KeyboardInterrupt
+        self.through.append(given)
+        return self.function(*given)
 
 
 def test_an_interrupted_evaluation_continues_and_scores_nothing_twice(run, tmp_path, monkeypatch):
     whole = evaluate(run, "--only", "base,Iter0")
-    again, scored, painted = tmp_path / "again", [], []
+    again = tmp_path / "again"
     shutil.copytree(run / "iter0", again / "iter0", copy_function=shutil.copy2)
-    monkeypatch.setattr(scoring, "CHUNK", 2)
-    score, sample = oracle.score, models.sample
 
-    def scoring_stops(prompts, images):
-        if len(scored) == 6:
-            scored.append("stopped")
-            raise KeyboardInterrupt
-        scored.extend(prompts)
-        return score(prompts, images)
-
-    def painting_stops(*given):
-        if len(painted) == 3:
-            painted.append("stopped")
-            raise KeyboardInterrupt
-        painted.append(len(given[2]))
-        return sample(*given)
-
-    monkeypatch.setattr(oracle, "score", scoring_stops)
-    monkeypatch.setattr(models, "sample", painting_stops)
+    # Two batches of two pictures for each of two models, and two chunks of two scores.
+    score = Stopping(people.score, calls=3)
+    sample = Stopping(sampler.sample, calls=3)
+    monkeypatch.setattr(scores, "CHUNK", 2)
+    monkeypatch.setattr(people, "score", score)
+    monkeypatch.setattr(sampler, "sample", sample)
+    arguments = ["--only", "base,Iter0", "--sample-batch", 2]
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            evaluate(again, "--only", "base,Iter0", "--sample-batch", 2)
-    assert painted == [2, 2, 2, "stopped", 2] and len(scored) == 7 and not (again / "eval/scores.parquet").exists()
-    table = evaluate(again, "--only", "base,Iter0", "--sample-batch", 2)
-    assert len(painted) == 5 and len(scored) == 7 + 2                      # two chunks of base, two of Iter0
-    pd.testing.assert_frame_equal(table.drop(columns="image"), whole.drop(columns="image"), rtol=1e-3)
-    evaluate(again, "--only", "base,Iter0", "--sample-batch", 2)
-    assert len(painted) == 5 and len(scored) == 9
+            evaluate(again, *arguments)
+    assert len(sample.through) == 4
+    assert len(score.through) == 3
+    assert not (again / "eval/scores.parquet").exists()
+
+    table = evaluate(again, *arguments)
+    assert len(sample.through) == 4
+    assert len(score.through) == 4
+    expected = whole.drop(columns="image")
+    pd.testing.assert_frame_equal(table.drop(columns="image"), expected, rtol=1e-3)
+
+    # Once it is done, nothing is drawn or scored anew.
+    evaluate(again, *arguments)
+    assert len(sample.through) == 4
+    assert len(score.through) == 4
 
 
-def test_two_processes_share_the_scoring(run, monkeypatch):
-    """Two threads stand for the processes; they meet where the processes would."""
+@pytest.fixture
+def as_two_processes(monkeypatch):
+    """Run work(index) in two threads, which stand for processes and meet where those would."""
+    here = threading.local()
+    barrier = threading.Barrier(2)
+
+    def together(work) -> list:
+        results = [None, None]
+
+        def process(index: int) -> None:
+            here.state = SimpleNamespace(
+                process_index=index, num_processes=2, is_main_process=index == 0,
+                is_local_main_process=False, wait_for_everyone=lambda: barrier.wait(60))
+            results[index] = work(index)
+
+        monkeypatch.setattr(lib.run, "process_state", lambda: here.state)
+        threads = [threading.Thread(target=process, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        return results
+
+    return together
+
+
+def test_two_processes_share_the_scoring(run, s, as_two_processes, monkeypatch):
     whole = evaluate(run, "--only", "base")
     shutil.rmtree(run / "eval/scores")
-    jobs = {name: whole[whole.model == "base"][["prompt_id", "prompt", "seed", "image"]].reset_index(drop=True)
-            for name in ("base", "again")}
-    here, meet, by, results, score = threading.local(), threading.Barrier(2), {0: [], 1: []}, {}, oracle.score
-    monkeypatch.setattr(scoring, "CHUNK", 1)
-    monkeypatch.setattr(scoring, "PartialState", lambda: here.state)
-    monkeypatch.setattr(oracle, "score", lambda prompts, images: by[here.state.process_index].extend(prompts)
-                        or score(prompts, images))
+    jobs = whole[["prompt_id", "prompt", "seed", "image"]]
 
-    def process(index: int) -> None:
-        here.state = SimpleNamespace(process_index=index, num_processes=2, is_main_process=index == 0,
-                                     is_local_main_process=False, wait_for_everyone=lambda: meet.wait(60))
-        results[index] = scoring.score_rows(Settings(run=str(run), device="cpu"), {"base": jobs["base"]})[0]["base"]
+    scored_by = {}
+    score = people.score
 
-    threads = [threading.Thread(target=process, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert sorted(by[0] + by[1]) == sorted(jobs["base"].prompt) and len(by[0]) == len(by[1]) == 2
-    for index in (0, 1):
-        assert np.array_equal(results[index][scoring.WORLD], whole[scoring.WORLD])
+    def counting(prompts, images):
+        scored_by.setdefault(threading.current_thread(), []).extend(prompts)
+        return score(prompts, images)
 
+    def score_rows(index: int) -> np.ndarray:
+        results, _ = scores.score_rows(s, {"base": jobs})
+        return results["base"][scores.WORLD].to_numpy()
 
-# ---- the table ----
-
-def example(n: int = 60) -> pd.DataFrame:
-    """Scores of base, Iter0, Iter1 and of a rival that lacks ten prompts; two pictures a prompt."""
-    rng = np.random.default_rng(1)
-    skill = rng.normal(size=n)
-    lines = [(model, "pickapic", "", i, f"prompt {i}", seed, "x.png", 20 + skill[i] + shift + .5 * rng.normal(),
-              rng.normal()) for model, shift in (("base", 0.), ("Iter0", .3), ("Iter1", .5), ("DiffusionDPO", .4))
-             for i in range(n if model != "DiffusionDPO" else n - 10) for seed in (0, 1)]
-    return pd.DataFrame(lines, columns=[*report.KEYS, "pickscore", "imagereward"])
+    monkeypatch.setattr(scores, "CHUNK", 1)
+    monkeypatch.setattr(people, "score", counting)
+    first, second = as_two_processes(score_rows)
+    assert np.array_equal(first, whole[scores.WORLD])
+    assert np.array_equal(second, whole[scores.WORLD])
+    assert [len(prompts) for prompts in scored_by.values()] == [2, 2]
+    assert sorted(sum(scored_by.values(), [])) == sorted(jobs.prompt)
 
 
-def test_intervals_are_those_of_a_paired_bootstrap(monkeypatch):
-    """Against resampling written out, with other random numbers."""
-    scores = example()
-    summary = report.summarise(scores, ["pickscore"], "base", "Iter0").set_index("model")
-    rng, mean = np.random.default_rng(7), scores.groupby(["model", "prompt_id"]).pickscore.mean()
-    for name, n in (("Iter1", 60), ("DiffusionDPO", 50)):
-        values, base, iter0 = (mean[m].to_numpy()[:n] for m in (name, "base", "Iter0"))
-        row = summary.loc[name]
-        for key, x in (("mean", values), ("gain", values - base), ("over_iter0", values - iter0)):
-            assert row[key] == pytest.approx(x.mean())
-            drawn = [np.mean([x[i] for i in rng.integers(0, n, n)]) for _ in range(4000)]
-            low, high = (row["low"], row["high"]) if key == "mean" else (row[f"{key}_low"], row[f"{key}_high"])
-            assert np.allclose([low, high], np.quantile(drawn, [.025, .975]), atol=.2 * np.std(drawn))
-        assert row.win_rate == pytest.approx(np.mean(values > base)) and row.prompts == n
-    assert row.high - row.low > 1.5 * (row.gain_high - row.gain_low)            # pairing takes the prompts' part out
+def test_a_broken_picture_is_told_by_its_row(run, s):
+    of_base = evaluate(run, "--only", "base")
+    shutil.rmtree(run / "eval/scores")
+    (run / of_base.image[2]).write_bytes(b"broken")
+    folder = Path(of_base.image[2]).parent
+    message = refuses(scores.score_rows, s, {"base": of_base})
+    assert f"{folder}, row 3: cannot read the image" in message
 
 
-def test_the_papers_numbers_are_those_of_its_table():
-    if not TABLE1.exists():
-        pytest.skip(f"{TABLE1.name} is not in ../shared/data")
-    table = pd.read_csv(TABLE1)
-    for preset, base_model in (("sd15", "SD1.5"), ("sdxl", "SDXL")):
-        part = table[table.base_model == base_model]
-        theirs = {row[1].removeprefix("SAIL (").removesuffix(")"): tuple(row[3:]) for row in part.itertuples(index=False)}
-        assert theirs == paper.TABLE[preset] and list(theirs) == list(paper.TABLE[preset])
-        for row in part.itertuples():
-            name = row.method.removeprefix("SAIL (").removesuffix(")")
-            million = row.human_pairs_million
-            assert paper.PAIRS.get(name, "0.05M") == ("" if np.isnan(million) else f"{million}M")
-
-
-def test_the_papers_number_stands_beside_ours():
-    scores = example().assign(aesthetics=5.)
-    summary = report.summarise(scores, ["pickscore", "imagereward"], "base", "Iter0")
-    table = paper.table("sd15", summary, {"base": "0", "Iter0": "50000", "Iter1": "50000"}).set_index("model")
-    assert list(table.columns) == ["human pairs", "PickScore", "ImageReward"]            # the paper's order; measured only
-    assert list(table.index) == ["base", "SAIL (Iter0)", "SAIL (Iter1)", "DiffusionDPO"]
-    assert table["human pairs"].tolist() == ["0", "50000 (0.05M)", "50000 (0.05M)", " (0.8M)"]
-    for model, theirs in {"base": 20.62, "SAIL (Iter1)": 20.89}.items():
-        name = model.removeprefix("SAIL (").removesuffix(")")
-        ours = scores[scores.model == name].pickscore.mean()
-        low, high = summary.query("model == @name and score == 'pickscore'")[["low", "high"]].iloc[0]
-        assert table.PickScore[model] == f"{ours:.2f} [{low:.2f}, {high:.2f}] ({theirs:.2f}, {ours - theirs:+.2f})"
-    csv = report.for_programs(summary, {"Iter0": {"human pairs": "50000"}}, paper.numbers("sd15"),
-                              ["pickscore v", "imagereward w"])
-    row = csv[(csv.model == "Iter1") & (csv.score == "imagereward")].iloc[0]
-    assert row.paper == .1137 and row.over_paper == pytest.approx(row["mean"] - .1137) and row.scorer == "imagereward w"
-    assert csv[csv.model == "Iter0"].human_pairs.eq("50000").all()
-    assert paper.table("tiny", summary, {}).empty
-    exact = Settings(**PRESETS["sd15"] | {"run": "none"})
-    assert paper.departures(exact) == "" == paper.departures(Settings(run="none"))
-    assert "sample_steps 20 (50)" in paper.departures(Settings(**PRESETS["sd15"] | {"run": "none", "sample_steps": 20}))
-
-
-def test_the_table_tells_data_cost_gains_and_versions(run):
-    evaluate(run, "--row", "further=extrapolate:Iter0:2", "--row", "a <b>|c=guide:Iter3:1")
-    ledger = pd.read_parquet(run / "ledger.parquet")
-    lines = [("01_seed", None, 60.), ("04_train_dpo", 0, 120.), ("04_train_dpo", 3, 240.)]
-    cost = pd.DataFrame([{"stage": a, "iter": b, "seconds": c} for a, b, c in lines]).astype({"iter": "Int64"})
-    pd.concat([ledger, cost]).to_parquet(run / "ledger.parquet")
-    evaluate(run, "--row", "further=extrapolate:Iter0:2", "--row", "a <b>|c=guide:Iter3:1")
-    text, csv = (run / "eval/table.md").read_text(), pd.read_csv(run / "eval/table.csv")
-    head = next(line for line in text.splitlines() if line.startswith("| model"))
-    assert all(part in head for part in ("human pairs", "minutes", "utility: gain over base", "utility: wins over base",
-                                         "utility: over Iter0"))
-    for line in ("| base | 0 |  |", "| Iter0 | 128 | 3.0 |", "| Iter3 | 128 | 7.0 |", "| further | 128 | 3.0 |"):
-        assert line in text, line
-    assert "a &lt;b&gt;\\|c" in text and "<b>" not in text
-    assert "row further: extrapolate:Iter0:2" in text and "2 steps, guidance 2.0, 32 pixels, torch.float32" in text
-    assert f"torch {torch.__version__.split('+')[0]}" in text and "oracle.py@" in text
-    assert csv[csv.model == "Iter3"].minutes.eq(7).all() and csv.scorer.str.contains("oracle.py@").all()
-
-
-def test_curves_have_bands_and_other_rows_are_dashed(tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
-    summary, figures = report.summarise(example(), ["pickscore", "imagereward"], "base", "Iter0"), []
-    monkeypatch.setattr(plt, "close", figures.append)
-    summary = summary.replace({"model": {"DiffusionDPO": "cost $5, not $6"}})
-    report.curves(summary, ["pickscore", "imagereward"], ["base", "Iter0", "Iter1"], [], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-    axes = figures[0].axes
-    assert len(axes) == 2 and [a.get_title() for a in axes] == ["pickscore", "imagereward"]
-    own = summary[summary.score == "pickscore"].set_index("model")
-    solid, dashed = axes[0].lines
-    assert solid.get_ydata().tolist() == own["mean"][:3].tolist() and solid.get_linestyle() == "-"
-    assert dashed.get_linestyle() == "--" and dashed.get_ydata()[0] == own["mean"]["cost $5, not $6"]
-    band = axes[0].collections[0].get_paths()[0].vertices
-    for x, model in enumerate(("base", "Iter0", "Iter1")):
-        assert sorted({y for a, y in band if a == x})[::len(band)] == [own.low[model]]
-        assert max(y for a, y in band if a == x) == own.high[model]
-
-
-def test_hostile_prompts_do_no_harm_to_sheets(tmp_path):
-    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
-    scores = example(4).assign(prompt="two\nlines <script> \u202e 猫 $x$", image="x.png")
-    report.sample_sheet(tmp_path, scores, tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size[0] > 300
+@pytest.mark.parametrize("reward, column", [
+    ("world", "utility"),
+    ("world-aesthetics", "aesthetics"),
+])
+def test_online_dpo_is_told_the_scores_in_the_order_of_the_images(run, reward, column,
+                                                                  monkeypatch):
+    of_base = evaluate(run, "--only", "base")
+    monkeypatch.setattr(online_dpo, "BATCH", 3)
+    s = Settings(run=str(run), device="cpu", reward=reward)
+    images = [run / image for image in of_base.image]
+    told = online_dpo.score(s, of_base.prompt.tolist(), images)
+    np.testing.assert_allclose(told, of_base[column], rtol=1e-6)

@@ -1,17 +1,13 @@
 """Our scores beside the official code, with the same random weights.
 
-HPSv2 and ImageReward: the packages hpsv2 1.2.0 and image-reward 1.5 themselves, at a small model size, behind a few
-shims for what has moved since they were published. PickScore and aesthetics, published as snippets: CLIP written out
-below in plain tensor algebra, in float64.
+HPSv2 and ImageReward: the packages hpsv2 1.2.0 and image-reward 1.5 themselves, at a small model
+size (tests/official.py). PickScore and aesthetics, published as snippets: CLIP written out below in
+plain tensor algebra, in float64.
 """
 
-import contextlib
-import gzip
 import importlib
 import importlib.util
 import json
-import sys
-import types
 from importlib import metadata
 from pathlib import Path
 
@@ -21,49 +17,58 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
+from conftest import SHARED_DATA, random_clip
+from official import (import_hpsv2, random_hpsv2, random_imagereward, sized_hpsv2,
+                      sized_imagereward, waves)
 from PIL import Image
+from safetensors.torch import save_file
 
-from lib import scorers
+from lib.eval import scorers
+from lib.eval.scorers import load_scorer, version
 from lib.run import UserError
-from lib.scorers import load_scorer, version
 
-HEAD = Path(__file__).resolve().parents[2] / "shared/data/sac+logos+ava1-l14-linearMSE.pth"
-PROMPTS = ["a red star on a blue background", "", "Mädchen mit Perlenohrring, 戴珍珠耳环的少女 — 🎨",
-           "an astronaut riding a horse, " * 40, "  Two\n\tCATS it's 1999!  "]
-ENTITY = "cats &amp; dogs &lt;3，ＯＫ"                            # cleaned up by open_clip, not by transformers
-HPSV2 = {"embed_dim": 96,
-         "vision_cfg": {"image_size": 224, "layers": 2, "width": 160, "head_width": 80, "patch_size": 32},
-         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}
-FULL_BLIP = scorers.BLIP_VISION, scorers.BLIP_TEXT
-BLIP_VISION = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512,
-               "patch_size": 32}
-BLIP_TEXT = {"encoder_hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 101}
+HEAD = SHARED_DATA / "sac+logos+ava1-l14-linearMSE.pth"
+FULL_BLIP_VISION = scorers.BLIP_VISION
+FULL_BLIP_TEXT = scorers.BLIP_TEXT
 
-
-def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Coloured waves and noise; with alpha where the mode has it."""
-    rng = np.random.default_rng([width, height])
-    y, x = np.arange(height)[:, None, None] / 40, np.arange(width)[:, None] / 40
-    waves = np.sin(x * rng.uniform(-3, 3, 4) + y * rng.uniform(-3, 3, 4) + rng.uniform(0, 6, 4))
-    pixels = np.clip(127 + rng.uniform(-60, 60, 4) + 90 * waves + rng.normal(0, 25, (height, width, 4)), 0, 255)
-    rgba = Image.fromarray(pixels.astype("uint8"))
-    return rgba if mode == "RGBA" else rgba.convert("RGB").convert(mode)
-
-
-PICTURES = [picture(256, 256), picture(301, 97), picture(90, 333), picture(5, 7), picture(224, 224),
-            picture(200, 150, "L"), picture(150, 120, "CMYK"), picture(160, 170, "P"), picture(180, 140, "RGBA")]
+PROMPTS = [
+    "a red star on a blue background",
+    "",
+    "Mädchen mit Perlenohrring, 戴珍珠耳环的少女 — 🎨",
+    "an astronaut riding a horse, " * 40,
+    "  Two\n\tCATS it's 1999!  ",
+]
+ENTITY = "cats &amp; dogs &lt;3，ＯＫ"          # cleaned up by open_clip, not by transformers
+PICTURES = [
+    waves(256, 256),
+    waves(301, 97),
+    waves(90, 333),
+    waves(5, 7),
+    waves(224, 224),
+    waves(200, 150, "L"),
+    waves(150, 120, "CMYK"),
+    waves(160, 170, "P"),
+    waves(180, 140, "RGBA"),
+]
 
 
-def every_pair(prompts: list[str]) -> tuple[list[str], list[Image.Image]]:
-    return [p for p in prompts for _ in PICTURES], PICTURES * len(prompts)
+def all_pairs(prompts: list[str]) -> tuple[list[str], list[Image.Image]]:
+    """Each prompt with each of the pictures."""
+    repeated = []
+    for prompt in prompts:
+        repeated += [prompt] * len(PICTURES)
+    return repeated, PICTURES * len(prompts)
 
 
 def assert_equal(ours, official, tolerance: float) -> None:
-    """Within the tolerance, on scores that pictures and prompts move by ten thousand times as much."""
-    ours, official = np.asarray(ours, dtype=float), np.asarray(official, dtype=float)
-    print(f"largest deviation {np.abs(ours - official).max():.1e}, spread {np.ptp(official):.2g}")
-    assert np.abs(ours - official).max() < tolerance
-    assert np.ptp(official) > 10000 * tolerance
+    """Within the tolerance, on scores that pictures and prompts move by 10,000 times as much."""
+    ours = np.asarray(ours, dtype=float)
+    official = np.asarray(official, dtype=float)
+    deviation = np.abs(ours - official).max()
+    spread = np.ptp(official)
+    print(f"largest deviation {deviation:.1e}, spread {spread:.2g}")
+    assert deviation < tolerance
+    assert spread > 10000 * tolerance
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,181 +79,106 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# ---- hpsv2 as published; used by tests/bench/bench_scorers.py too ----
-
-@contextlib.contextmanager
-def sized_hpsv2(config: dict = HPSV2):
-    """Give "ViT-H-14" these sizes, in open_clip and in hpsv2's copy of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for package in ("open_clip", "hpsv2.src.open_clip"):
-            patch.setitem(importlib.import_module(f"{package}.factory")._MODEL_CONFIGS, "ViT-H-14", config)
-        yield
-
-
-def import_hpsv2():
-    """hpsv2.img_score. Its wheel lacks CLIP's vocabulary, it imports tkinter's turtle, and it downloads base weights
-    that the checkpoint then overwrites."""
-    vocabulary, open_gzip = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz", gzip.open
-    sys.modules.setdefault("turtle", types.SimpleNamespace(forward=None))
-    gzip.open = lambda path, *rest: open_gzip(path if Path(path).exists() else vocabulary, *rest)
-    try:
-        module = importlib.import_module("hpsv2.img_score")
-    finally:
-        gzip.open = open_gzip
-    make = importlib.import_module("hpsv2.src.open_clip").create_model_and_transforms
-    module.create_model_and_transforms = lambda name, pretrained, **options: make(name, None, **options)
-    module.model_dict.clear()
-    return module
-
-
-def random_hpsv2(path: Path) -> Path:
-    torch.manual_seed(0)
-    torch.save({"state_dict": open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")).state_dict()}, path)
-    return path
-
-
-# ---- image-reward as published; used by the bench too ----
-
-def import_imagereward(vocabulary: Path):
-    """ImageReward.ImageReward on transformers 5 and timm 1: names that moved, and not the package's __init__, which
-    imports training code. The tokenizer is the old one in Python."""
-    from transformers import modeling_utils, pytorch_utils
-    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
-
-    root = Path(importlib.util.find_spec("ImageReward").origin).parent
-    for name, folder in (("ImageReward", root), ("ImageReward.models", root / "models")):
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__path__ = [str(folder)]
-    for end in ("", ".nn", ".nn.checkpoint", ".nn.checkpoint.checkpoint_activations"):
-        sys.modules.setdefault("fairscale" + end, types.ModuleType("fairscale" + end)).checkpoint_wrapper = None
-    modeling_utils.apply_chunking_to_forward = pytorch_utils.apply_chunking_to_forward
-    modeling_utils.prune_linear_layer = pytorch_utils.prune_linear_layer
-    modeling_utils.find_pruneable_heads_and_indices = None
-    module = importlib.import_module("ImageReward.ImageReward")
-    bert = importlib.import_module("ImageReward.models.BLIP.med").BertModel
-    bert.all_tied_weights_keys = {}
-    bert.get_head_mask = lambda self, mask, layers: [None] * layers
-    bert.invert_attention_mask = lambda self, mask: (1 - mask[:, None, None].float()) * torch.finfo(torch.float32).min
-
-    class Tokenizer(BertTokenizerLegacy):
-        additional_special_tokens_ids = property(lambda self: self.convert_tokens_to_ids(["[ENC]"]))
-        from_pretrained = classmethod(lambda cls, name: cls(vocabulary))
-
-    importlib.import_module("ImageReward.models.BLIP.blip").BertTokenizer = Tokenizer
-    return module
-
-
-@contextlib.contextmanager
-def sized_imagereward(vision: dict = BLIP_VISION, text: dict = BLIP_TEXT):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scorers, "BLIP_VISION", scorers.BLIP_VISION | vision)
-        patch.setattr(scorers, "BLIP_TEXT", scorers.BLIP_TEXT | text)
-        yield
-
-
-def random_imagereward(folder: Path):
-    """The official model at the sizes that lib.scorers has now, and its weights and vocabulary in the folder."""
-    vocabulary = folder / "vocab.txt"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "star",
-             *"abcdefghijklmnopqrstuvwxyz0123456789!,'&;戴珍珠的"]
-    vocabulary.write_text("\n".join(words + [f"##{w}" for w in words[5:]]) + "\n", encoding="utf-8")
-    module = import_imagereward(vocabulary)
-    blip = importlib.import_module("ImageReward.models.BLIP.blip_pretrain")
-    tower = importlib.import_module("ImageReward.models.BLIP.vit").VisionTransformer
-    vision, text = scorers.BLIP_VISION, scorers.BLIP_TEXT
-    blip.create_vit = lambda *_: (tower(img_size=224, patch_size=vision["patch_size"], embed_dim=vision["hidden_size"],
-                                        depth=vision["num_hidden_layers"], num_heads=vision["num_attention_heads"]),
-                                  vision["hidden_size"])
-    config = {"vocab_size": 30524, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-              "intermediate_size": 3072, "add_cross_attention": True, "layer_norm_eps": 1e-12, "pad_token_id": 0}
-    config |= {key: text[key] for key in ("vocab_size", "num_hidden_layers") if key in text}
-    (folder / "med_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = module.ImageReward(str(folder / "med_config.json")).eval()
-    for weight in model.parameters():                            # as published they start near zero, all scores alike
-        if weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=weight.shape[1] ** -.5)
-    torch.save(model.state_dict(), folder / "ImageReward.pt")
-    return model
-
-
 # ---- CLIP, written out: one picture or prompt at a time, float64 ----
+
+def linear(x, w, name: str):
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def norm(x, w, name: str):
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
 
 def clip_tower(x, w, name: str, heads: int, activation, causal: bool):
     """x (L, D) through the pre-norm transformer whose weights are w[f"{name}.encoder.layers.*"]."""
-    linear = lambda x, key: x @ w[key + ".weight"].T + w[key + ".bias"]
-    norm = lambda x, key: F.layer_norm(x, x.shape[-1:], w[key + ".weight"], w[key + ".bias"])
-    mask = torch.full((len(x), len(x)), -np.inf).triu(1) if causal else 0
-    for i in range(sum(k.startswith(f"{name}.encoder.layers.") and k.endswith("layer_norm1.weight") for k in w)):
-        layer = f"{name}.encoder.layers.{i}"
-        q, k, v = (linear(norm(x, layer + ".layer_norm1"), f"{layer}.self_attn.{n}_proj").unflatten(-1, (heads, -1))
-                   .transpose(0, 1) for n in "qkv")                                               # (heads, L, D/heads)
+    mask = 0
+    if causal:
+        mask = torch.full((len(x), len(x)), -np.inf).triu(1)
+
+    layer = f"{name}.encoder.layers.0"
+    while f"{layer}.layer_norm1.weight" in w:
+        inputs = norm(x, w, f"{layer}.layer_norm1")
+        parts = []
+        for part in "qkv":
+            values = linear(inputs, w, f"{layer}.self_attn.{part}_proj")
+            parts.append(values.unflatten(-1, (heads, -1)).transpose(0, 1))
+        q, k, v = parts                                                     # (heads, L, D/heads)
         attention = (q @ k.transpose(1, 2) / q.shape[-1] ** .5 + mask).softmax(-1) @ v
-        x = x + linear(attention.transpose(0, 1).flatten(1), layer + ".self_attn.out_proj")
-        x = x + linear(activation(linear(norm(x, layer + ".layer_norm2"), layer + ".mlp.fc1")), layer + ".mlp.fc2")
-    return x, norm
+        x = x + linear(attention.transpose(0, 1).flatten(1), w, f"{layer}.self_attn.out_proj")
+
+        inputs = norm(x, w, f"{layer}.layer_norm2")
+        hidden = activation(linear(inputs, w, f"{layer}.mlp.fc1"))
+        x = x + linear(hidden, w, f"{layer}.mlp.fc2")
+
+        number = int(layer.rpartition(".")[2])
+        layer = f"{name}.encoder.layers.{number + 1}"
+    return x
 
 
 def clip_image(image: Image.Image, w, heads: int, activation):
+    """An image's features (D,), at length 1."""
     image = image.convert("RGB")
-    size = [int(224 * n / min(image.size)) for n in image.size]
-    left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
-    crop = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
-    pixels = (np.asarray(crop) / 255 - [.48145466, .4578275, .40821073]) / [.26862954, .26130258, .27577711]
-    kernel = w["vision_model.embeddings.patch_embedding.weight"]
-    patches = F.conv2d(torch.tensor(pixels).permute(2, 0, 1)[None], kernel, stride=32)[0].flatten(1).T     # (49, D)
-    x = torch.cat([w["vision_model.embeddings.class_embedding"][None], patches])
-    x = x + w["vision_model.embeddings.position_embedding.weight"]
-    x = F.layer_norm(x, x.shape[-1:], w["vision_model.pre_layrnorm.weight"], w["vision_model.pre_layrnorm.bias"])
-    x, norm = clip_tower(x, w, "vision_model", heads, activation, causal=False)
-    return F.normalize(w["visual_projection.weight"] @ norm(x[0], "vision_model.post_layernorm"), dim=0)
+    width, height = [int(224 * side / min(image.size)) for side in image.size]
+    left = (width - 224) // 2
+    top = (height - 224) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    crop = image.crop((left, top, left + 224, top + 224))
+    mean = [.48145466, .4578275, .40821073]
+    std = [.26862954, .26130258, .27577711]
+    pixels = torch.tensor((np.asarray(crop) / 255 - mean) / std).permute(2, 0, 1)
+
+    embeddings = "vision_model.embeddings"
+    kernel = w[f"{embeddings}.patch_embedding.weight"]
+    patches = F.conv2d(pixels[None], kernel, stride=32)[0].flatten(1).T     # (49, D)
+    x = torch.cat([w[f"{embeddings}.class_embedding"][None], patches])
+    x = x + w[f"{embeddings}.position_embedding.weight"]
+    x = norm(x, w, "vision_model.pre_layrnorm")
+    x = clip_tower(x, w, "vision_model", heads, activation, causal=False)
+    features = w["visual_projection.weight"] @ norm(x[0], w, "vision_model.post_layernorm")
+    return F.normalize(features, dim=0)
 
 
 def clip_text(prompt: str, w, heads: int, activation):
+    """A prompt's features (D,), at length 1."""
     ids = open_clip.tokenize([prompt])[0]
-    ids = ids[:ids.argmax() + 1]                                 # up to the end token, the highest id
-    x = w["text_model.embeddings.token_embedding.weight"][ids]
-    x = x + w["text_model.embeddings.position_embedding.weight"][:len(ids)]
-    x, norm = clip_tower(x, w, "text_model", heads, activation, causal=True)
-    return F.normalize(w["text_projection.weight"] @ norm(x[-1], "text_model.final_layer_norm"), dim=0)
+    ids = ids[:ids.argmax() + 1]                 # up to the end token, the highest id
+    embeddings = "text_model.embeddings"
+    x = w[f"{embeddings}.token_embedding.weight"][ids]
+    x = x + w[f"{embeddings}.position_embedding.weight"][:len(ids)]
+    x = clip_tower(x, w, "text_model", heads, activation, causal=True)
+    features = w["text_projection.weight"] @ norm(x[-1], w, "text_model.final_layer_norm")
+    return F.normalize(features, dim=0)
 
 
-def random_clip(folder: Path, activation: str, projection: int) -> dict:
-    """A small CLIP as transformers saves it, with the real vocabulary; its weights in float64."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256, "hidden_act": activation}
-    config = CLIPConfig(projection_dim=projection, logit_scale_init_value=4.6,
-                        text_config=sizes | {"hidden_size": 64, "eos_token_id": 2},       # as the published files say
-                        vision_config=sizes | {"hidden_size": 128, "patch_size": 32})
-    torch.manual_seed(1)
-    model = CLIPModel(config)
-    for weight in model.parameters():
-        if weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=weight.shape[1] ** -.5)
-    model.save_pretrained(folder)
-    bpe = open_clip.tokenizer.SimpleTokenizer()
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {names.get(token, token): i for token, i in bpe.encoder.items()}
-    CLIPTokenizer(vocabulary, list(bpe.bpe_ranks)).save_pretrained(folder)
-    return {k: v.double() for k, v in model.state_dict().items()}
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
+
+# ---- weights for each of the four ----
 
 def need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is missing: pip install --no-deps hpsv2==1.2.0 image-reward==1.5 clint==0.5.1")
+        pytest.skip(f"{package} is missing: "
+                    f"pip install --no-deps hpsv2==1.2.0 image-reward==1.5 clint==0.5.1")
 
 
 @pytest.fixture(scope="session")
 def hpsv2(tmp_path_factory):
+    """The weights file, and official(prompt, image) -> cosine."""
     need("hpsv2")
-    official = import_hpsv2()
+    package = import_hpsv2()
     with sized_hpsv2():
         path = random_hpsv2(tmp_path_factory.mktemp("hpsv2") / "HPS_v2_compressed.pt")
-        yield path, lambda prompt, image: official.score(image, prompt, cp=str(path))[0]
+
+        def official(prompt: str, image: Image.Image) -> float:
+            return package.score(image, prompt, cp=str(path))[0]
+
+        yield path, official
 
 
 @pytest.fixture(scope="session")
 def imagereward(tmp_path_factory):
+    """The folder of the weights, and the official model."""
     need("ImageReward")
     folder = tmp_path_factory.mktemp("imagereward")
     with sized_imagereward():
@@ -257,12 +187,14 @@ def imagereward(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pickscore(tmp_path_factory):
+    """The folder of the weights, and the weights."""
     folder = tmp_path_factory.mktemp("pickscore")
     return folder, random_clip(folder, "gelu", 64)
 
 
 @pytest.fixture(scope="session")
 def aesthetics(tmp_path_factory):
+    """The folder of the weights, the head's not among them, and the weights of CLIP."""
     folder = tmp_path_factory.mktemp("aesthetics")
     return folder, random_clip(folder, "quick_gelu", 768)
 
@@ -271,73 +203,99 @@ def aesthetics(tmp_path_factory):
 
 def test_hpsv2_equals_the_package(hpsv2):
     path, official = hpsv2
-    prompts, images = every_pair(PROMPTS + [ENTITY])
-    cosines = [official(p, im.convert("RGB") if im.mode == "RGBA" else im) for p, im in zip(prompts, images)]
-    assert_equal(np.divide(load_scorer("hpsv2", str(path))(prompts, images), 100), cosines, 1e-6)
+    prompts, images = all_pairs(PROMPTS + [ENTITY])
+    cosines = []
+    for prompt, image in zip(prompts, images):
+        if image.mode == "RGBA":
+            image = image.convert("RGB")         # the package crashes on the others
+        cosines.append(official(prompt, image))
+    ours = load_scorer("hpsv2", str(path))(prompts, images)
+    assert_equal(np.divide(ours, 100), cosines, 1e-6)
 
 
-def test_hpsv2_takes_what_the_package_crashes_on(hpsv2):
+@pytest.mark.parametrize("image", [waves(180, 140, "RGBA"), waves(224, 100), waves(1000, 1)])
+def test_hpsv2_takes_what_the_package_crashes_on(hpsv2, image):
     path, official = hpsv2
-    score = load_scorer("hpsv2", str(path))
-    bar, padded = picture(224, 100), Image.new("RGB", (224, 224))
+    with pytest.raises(Exception):
+        official(PROMPTS[0], image)
+    assert np.isfinite(load_scorer("hpsv2", str(path))(PROMPTS[:1], [image])[0])
+
+
+def test_hpsv2_puts_black_bars_around(hpsv2):
+    path, official = hpsv2
+    bar = waves(224, 100)
+    padded = Image.new("RGB", (224, 224))
     padded.paste(bar, (0, 62))
-    for crash in (picture(180, 140, "RGBA"), bar, picture(1000, 1)):
-        with pytest.raises(Exception):
-            official(PROMPTS[0], crash)
-    assert abs(score(PROMPTS[:1], [bar])[0] - 100 * official(PROMPTS[0], padded)) < 1e-5
-    assert np.isfinite(score(PROMPTS[:1], [picture(1000, 1)])[0])
+    score = load_scorer("hpsv2", str(path))(PROMPTS[:1], [bar])[0]
+    assert abs(score - 100 * official(PROMPTS[0], padded)) < 1e-5
 
 
 def test_imagereward_equals_the_package(imagereward):
     folder, official = imagereward
-    prompts, images = every_pair(PROMPTS + [ENTITY])
+    prompts, images = all_pairs(PROMPTS + [ENTITY])
     with torch.no_grad():
-        expected = [official.score(p, im) for p, im in zip(prompts, images)]
+        expected = [official.score(prompt, image) for prompt, image in zip(prompts, images)]
     assert_equal(load_scorer("imagereward", str(folder))(prompts, images), expected, 1e-5)
 
 
-@pytest.mark.parametrize("version", ["v2.0", "v2.1"])
-def test_full_size_hpsv2_has_the_weights_of_the_package(hpsv2, version, monkeypatch):
-    """Without a byte of them: on the meta device, where a tensor is only its shape. And the file's name."""
+def test_full_size_hpsv2_has_the_weights_of_the_package(hpsv2, monkeypatch):
+    """Without a byte of them: on the meta device, where a tensor is only its shape."""
     theirs = importlib.import_module("hpsv2.src.open_clip")
-    configs = [Path(package.__file__).parent / "model_configs/ViT-H-14.json" for package in (theirs, open_clip)]
+    configs = []
+    for package in (theirs, open_clip):
+        path = Path(package.__file__).parent / "model_configs/ViT-H-14.json"
+        configs.append(json.loads(path.read_text()))
     with init_empty_weights():
-        state = theirs.CLIP(**json.loads(configs[0].read_text())).state_dict()
-    monkeypatch.setattr(scorers, "read_weights", lambda path: state)
-    with sized_hpsv2(json.loads(configs[1].read_text())):
-        scorers.load_hpsv2(Path(), "meta")
+        state = theirs.CLIP(**configs[0]).state_dict()
     assert len(state) == 686
-    ours = scorers.FILES["hpsv2" if version == "v2.0" else "hpsv2.1"]
-    assert list(ours) == [importlib.import_module("hpsv2.utils").hps_version_map[version]]
+
+    monkeypatch.setattr(scorers, "read_weights", lambda path: state)
+    with sized_hpsv2(configs[1]):
+        scorers.load_hpsv2(Path(), "meta")
+
+
+@pytest.mark.parametrize("name, number", [("hpsv2", "v2.0"), ("hpsv2.1", "v2.1")])
+def test_hpsv2_has_the_file_that_the_package_has_for_its_version(hpsv2, name, number):
+    files = importlib.import_module("hpsv2.utils").hps_version_map
+    assert list(scorers.FILES[name]) == [files[number]]
 
 
 def test_full_size_imagereward_has_the_weights_of_the_package(imagereward, monkeypatch):
     blip = importlib.import_module("ImageReward.models.BLIP.blip")
     bert = importlib.import_module("ImageReward.models.BLIP.med")
-    text = {"vocab_size": 30524, "add_cross_attention": True, "encoder_width": 1024}     # else BERT-base, the default
+    package = importlib.import_module("ImageReward.ImageReward")
+    # Else it is BERT-base, the default.
+    config = {"vocab_size": 30524, "add_cross_attention": True, "encoder_width": 1024}
     with init_empty_weights():
         vision, _ = blip.create_vit("large", 224)
-        text = bert.BertModel(bert.BertConfig(**text), add_pooling_layer=False)
-        head = importlib.import_module("ImageReward.ImageReward").MLP(768)
-    state = {f"blip.visual_encoder.{k}": v for k, v in vision.state_dict().items()}
-    state |= {f"blip.text_encoder.{k}": v for k, v in text.state_dict().items()}
-    state |= {f"mlp.{k}": v for k, v in head.state_dict().items()}
+        text = bert.BertModel(bert.BertConfig(**config), add_pooling_layer=False)
+        head = package.MLP(768)
+
+    state = {}
+    parts = {"blip.visual_encoder": vision, "blip.text_encoder": text, "mlp": head}
+    for prefix, part in parts.items():
+        for key, value in part.state_dict().items():
+            state[f"{prefix}.{key}"] = value
     monkeypatch.setattr(scorers, "read_weights", lambda path: state)
-    monkeypatch.setattr(scorers, "BLIP_VISION", FULL_BLIP[0])
-    monkeypatch.setattr(scorers, "BLIP_TEXT", FULL_BLIP[1])
+    monkeypatch.setattr(scorers, "BLIP_VISION", FULL_BLIP_VISION)
+    monkeypatch.setattr(scorers, "BLIP_TEXT", FULL_BLIP_TEXT)
     scorers.load_imagereward(Path(), imagereward[0] / "vocab.txt", "meta")
-    assert FULL_BLIP[0]["num_attention_heads"] == vision.blocks[0].attn.num_heads
-    assert FULL_BLIP[0]["layer_norm_eps"] == vision.norm.eps
-    assert FULL_BLIP[1]["num_attention_heads"] == text.config.num_attention_heads
+
+    assert FULL_BLIP_VISION["num_attention_heads"] == vision.blocks[0].attn.num_heads
+    assert FULL_BLIP_VISION["layer_norm_eps"] == vision.norm.eps
+    assert FULL_BLIP_TEXT["num_attention_heads"] == text.config.num_attention_heads
 
 
 def test_pickscore_equals_its_formula(pickscore):
     folder, w = pickscore
-    prompts, images = every_pair(PROMPTS)
-    texts = {p: clip_text(p, w, 2, F.gelu) for p in PROMPTS}
-    features = [clip_image(im, w, 2, F.gelu) for im in PICTURES] * len(PROMPTS)
-    cosines = [(texts[p] @ v).item() for p, v in zip(prompts, features)]
-    assert_equal(np.divide(load_scorer("pickscore", str(folder))(prompts, images), np.exp(4.6)), cosines, 1e-6)
+    prompts, images = all_pairs(PROMPTS)
+    features = [clip_image(image, w, 2, F.gelu) for image in PICTURES]
+    cosines = []
+    for prompt in PROMPTS:
+        text = clip_text(prompt, w, 2, F.gelu)
+        cosines += [(text @ image).item() for image in features]
+    ours = load_scorer("pickscore", str(folder))(prompts, images)
+    assert_equal(np.divide(ours, np.exp(4.6)), cosines, 1e-6)
 
 
 def test_aesthetics_equals_its_formula_with_the_real_head(aesthetics):
@@ -345,35 +303,49 @@ def test_aesthetics_equals_its_formula_with_the_real_head(aesthetics):
         pytest.skip(f"the real head {HEAD.name} is not in ../shared/data")
     folder, w = aesthetics
     (folder / HEAD.name).write_bytes(HEAD.read_bytes())
-    head = {k: v.double() for k, v in torch.load(HEAD, map_location="cpu", weights_only=True).items()}
+
+    head = {}
+    for key, value in torch.load(HEAD, map_location="cpu", weights_only=True).items():
+        head[key] = value.double()
     expected = []
     for image in PICTURES:
-        x = clip_image(image, w, 2, lambda x: x * torch.sigmoid(1.702 * x))
+        x = clip_image(image, w, 2, quick_gelu)
         for i in (0, 2, 4, 6, 7):
             x = head[f"layers.{i}.weight"] @ x + head[f"layers.{i}.bias"]
         expected.append(x.item())
-    assert_equal(load_scorer("aesthetics", str(folder))([""] * len(PICTURES), PICTURES), expected, 1e-5)
+    prompts = [""] * len(PICTURES)
+    assert_equal(load_scorer("aesthetics", str(folder))(prompts, PICTURES), expected, 1e-5)
 
 
 # ---- what all four share ----
 
 @pytest.fixture(scope="session")
-def folders(hpsv2, imagereward, pickscore, aesthetics):
-    """Score name -> a folder with all its files, the aesthetics head being a random one if it is not there."""
+def folders(hpsv2, imagereward, pickscore, aesthetics) -> dict[str, Path]:
+    """Score name -> a folder with all its files, a random head of aesthetics if it is not there."""
     if not (aesthetics[0] / HEAD.name).exists():
         torch.manual_seed(2)
+        head = {}
         sizes = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
-        layers = {i: torch.nn.Linear(*size) for i, size in sizes.items()}
-        torch.save({f"layers.{i}.{k}": v for i, layer in layers.items() for k, v in layer.state_dict().items()},
-                   aesthetics[0] / HEAD.name)
-    (hpsv2[0].parent / "HPS_v2.1_compressed.pt").write_bytes(hpsv2[0].read_bytes())
-    return {"pickscore": pickscore[0], "hpsv2": hpsv2[0].parent, "hpsv2.1": hpsv2[0].parent,
-            "imagereward": imagereward[0], "aesthetics": aesthetics[0]}
+        for i, size in sizes.items():
+            layer = torch.nn.Linear(*size)
+            head[f"layers.{i}.weight"] = layer.weight.detach()
+            head[f"layers.{i}.bias"] = layer.bias.detach()
+        torch.save(head, aesthetics[0] / HEAD.name)
+
+    folder = hpsv2[0].parent
+    (folder / "HPS_v2.1_compressed.pt").write_bytes(hpsv2[0].read_bytes())
+    return {
+        "pickscore": pickscore[0],
+        "hpsv2": folder,
+        "hpsv2.1": folder,
+        "imagereward": imagereward[0],
+        "aesthetics": aesthetics[0],
+    }
 
 
 @pytest.fixture
-def no_hub(monkeypatch):
-    """Every look-up fails at once, and is counted."""
+def no_hub(monkeypatch) -> list:
+    """The look-ups so far, each of which fails at once."""
     calls = []
 
     def fail(*args, **options):
@@ -387,7 +359,12 @@ def no_hub(monkeypatch):
     return calls
 
 
+def weights_file(name: str) -> str:
+    return next(iter(scorers.FILES[name]))
+
+
 def copy(folder: Path, to: Path) -> Path:
+    to.mkdir(exist_ok=True)
     for file in folder.iterdir():
         (to / file.name).symlink_to(file)
     return to
@@ -395,12 +372,11 @@ def copy(folder: Path, to: Path) -> Path:
 
 def replace_weights(name: str, folder: Path, to: Path, change) -> Path:
     """A copy of the folder in which change(state) was applied to the weights file; that file."""
-    path = copy(folder, to) / next(iter(scorers.FILES[name]))
+    path = copy(folder, to) / weights_file(name)
     state = scorers.read_weights(path)
     change(state)
     path.unlink()
     if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
         save_file(state, path)
     else:
         torch.save(state, path)
@@ -411,46 +387,68 @@ ALL = pytest.mark.parametrize("name", scorers.FILES)
 
 
 @ALL
-def test_scores_do_not_depend_on_batch_order_or_calls(name, folders, no_hub, monkeypatch):
-    prompts, images = every_pair(PROMPTS[:2])
+def test_scores_do_not_depend_on_batch_order_or_calls(name, folders, monkeypatch):
+    prompts, images = all_pairs(PROMPTS[:2])
     together = load_scorer(name, str(folders[name]))(prompts, images)
+
     monkeypatch.setattr(scorers, "BATCH", 4)
     score = load_scorer(name, str(folders[name]))
-    apart = [score([p], [im])[0] for p, im in zip(prompts[::-1], images[::-1])][::-1]
-    assert np.allclose(together, apart, rtol=0, atol=2e-5)
-    assert score([], []) == []
-    assert not no_hub                                            # a complete folder asks for nothing
+    apart = []
+    for prompt, image in zip(prompts[::-1], images[::-1]):
+        apart += score([prompt], [image])
+    assert np.allclose(together, apart[::-1], rtol=0, atol=2e-5)
+
+
+@ALL
+def test_nothing_has_no_scores(name, folders):
+    assert load_scorer(name, str(folders[name]))([], []) == []
+
+
+@ALL
+def test_a_complete_folder_asks_for_nothing(name, folders, no_hub):
+    load_scorer(name, str(folders[name]))
+    assert not no_hub
 
 
 @ALL
 def test_each_prompt_is_encoded_once(name, folders, monkeypatch):
-    seen, parts = [], scorers.scorer
+    encoded = []
+    batched = scorers.batched
 
-    def counting(preprocess, encode_text, *rest):
-        return parts(preprocess, lambda prompts: seen.extend(prompts) or encode_text(prompts), *rest)
+    def counting(parts, device, dtype):
+        def encode_text(prompts):
+            encoded.extend(prompts)
+            return parts.encode_text(prompts)
 
-    monkeypatch.setattr(scorers, "scorer", counting)
+        return batched(parts._replace(encode_text=encode_text), device, dtype)
+
+    monkeypatch.setattr(scorers, "batched", counting)
     score = load_scorer(name, str(folders[name]))
     score(["a", "b", "a"], PICTURES[:3])
     score(["b", "c"], PICTURES[:2])
-    assert seen == ["a", "b", "c"]
+    assert encoded == ["a", "b", "c"]
 
 
 @ALL
 def test_half_precision_is_near_and_not_the_same(name, folders):
-    prompts, images = every_pair(PROMPTS[:1])
+    prompts, images = all_pairs(PROMPTS[:1])
     full = np.array(load_scorer(name, str(folders[name]))(prompts, images))
-    half = np.array(load_scorer(name, str(folders[name]), dtype=torch.bfloat16)(prompts, images))
+    half = load_scorer(name, str(folders[name]), dtype=torch.bfloat16)(prompts, images)
     assert 0 < np.abs(full - half).max() < .1 * np.ptp(full)
 
 
-def test_the_same_picture_in_other_modes(folders):
-    """Grayscale, and an opaque alpha channel, change nothing."""
-    gray, opaque = picture(200, 150, "L"), picture(140, 140).convert("RGBA")
-    images = [gray, gray.convert("RGB"), opaque, opaque.convert("RGB")]
-    for name, folder in folders.items():
-        a, b, c, d = load_scorer(name, str(folder))(["x"] * 4, images)
-        assert a == pytest.approx(b, abs=1e-5) and c == pytest.approx(d, abs=1e-5)
+@ALL
+def test_a_grayscale_picture_scores_as_in_rgb(name, folders):
+    gray = waves(200, 150, "L")
+    ours, rgb = load_scorer(name, str(folders[name]))(["x"] * 2, [gray, gray.convert("RGB")])
+    assert ours == pytest.approx(rgb, abs=1e-5)
+
+
+@ALL
+def test_an_opaque_alpha_channel_changes_nothing(name, folders):
+    opaque = waves(140, 140).convert("RGBA")
+    ours, rgb = load_scorer(name, str(folders[name]))(["x"] * 2, [opaque, opaque.convert("RGB")])
+    assert ours == pytest.approx(rgb, abs=1e-5)
 
 
 def test_lengths_must_agree(folders):
@@ -461,52 +459,89 @@ def test_lengths_must_agree(folders):
 # ---- versions and files ----
 
 @ALL
-def test_version_names_weights_precision_and_packages(name, folders, tmp_path, no_hub):
+def test_version_names_weights_precision_and_packages(name, folders):
     line = version(name, str(folders[name]))
-    file = next(iter(scorers.FILES[name]))
-    assert line.startswith(f"{name} local/{file}@") and f" float32 torch=={metadata.version('torch')} " in line
-    assert str(folders[name]) not in line and "\n" not in line
-    changed = replace_weights(name, folders[name], tmp_path, lambda state: next(iter(state.values())).add_(1))
-    assert version(name, str(changed)) != line
-    assert version(name, str(folders[name]), torch.bfloat16) != line
+    assert line.startswith(f"{name} local/{weights_file(name)}@")
+    assert f" float32 torch=={metadata.version('torch')} " in line
+    assert str(folders[name]) not in line
+    assert "\n" not in line
 
 
-def test_published_files_come_from_the_cache_or_the_web(folders, tmp_path, no_hub, monkeypatch):
-    snapshots = {"yuvalkirstain/PickScore_v1": ("model.safetensors", "config.json"),
-                 "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("tokenizer.json",),
-                 "openai/clip-vit-large-patch14": ("model.safetensors", "config.json")}
+@ALL
+def test_other_weights_have_another_version(name, folders, tmp_path):
+    def change(state):
+        next(iter(state.values())).add_(1)
+
+    changed = replace_weights(name, folders[name], tmp_path, change)
+    assert version(name, str(changed)) != version(name, str(folders[name]))
+
+
+@ALL
+def test_another_precision_has_another_version(name, folders):
+    half = version(name, str(folders[name]), torch.bfloat16)
+    assert half != version(name, str(folders[name]))
+
+
+@pytest.fixture
+def published(folders, tmp_path, no_hub, monkeypatch):
+    """The files of pickscore and aesthetics as the hub's cache and the web have them."""
+    snapshots = {
+        "yuvalkirstain/PickScore_v1": ("model.safetensors", "config.json"),
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("tokenizer.json",),
+        "openai/clip-vit-large-patch14": ("model.safetensors", "config.json"),
+    }
     for source, files in snapshots.items():
-        folder = folders["aesthetics" if source.startswith("openai") else "pickscore"]
+        folder = folders["pickscore"]
+        if source.startswith("openai"):
+            folder = folders["aesthetics"]
         (tmp_path / source).mkdir(parents=True)
+        # The cache has a large file under its sha256, and a link with its name.
         for file in files:
-            blob = tmp_path / source / (scorers.sha256(folder / file) if file.startswith("model") else f"blob-{file}")
+            name = f"blob-{file}"
+            if file.startswith("model"):
+                name = scorers.sha256(folder / file)
+            blob = tmp_path / source / name
             blob.write_bytes((folder / file).read_bytes())
             (tmp_path / source / file).symlink_to(blob)
 
     def cached(source, file):
-        return str(tmp_path / source / file) if file in snapshots.get(source, ()) else None
+        if file in snapshots.get(source, ()):
+            return str(tmp_path / source / file)
+        return None
 
     def download(url, to, sha256):
-        assert url.endswith("raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth") and sha256.startswith("21dd590f")
+        assert url.endswith("raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth")
+        assert sha256.startswith("21dd590f")
         Path(to).write_bytes((folders["aesthetics"] / HEAD.name).read_bytes())
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
     monkeypatch.setattr("torch.hub.download_url_to_file", download)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch"))
-    for name in ("pickscore", "aesthetics"):
-        published = load_scorer(name)(PROMPTS[:1], PICTURES[:1])
-        assert published == load_scorer(name, str(folders[name]))(PROMPTS[:1], PICTURES[:1])
+
+
+@pytest.mark.parametrize("name", ["pickscore", "aesthetics"])
+def test_published_files_come_from_the_cache_or_the_web(name, folders, published, no_hub):
+    scores = load_scorer(name)(PROMPTS[:1], PICTURES[:1])
+    assert scores == load_scorer(name, str(folders[name]))(PROMPTS[:1], PICTURES[:1])
+    assert not no_hub
+
+
+def test_the_version_of_published_files_says_where_they_come_from(folders, published):
     digest = scorers.sha256(folders["pickscore"] / "model.safetensors")[:12]
-    assert version("pickscore").startswith(f"pickscore yuvalkirstain/PickScore_v1/model.safetensors@{digest} yuval")
-    assert "linearMSE.pth" in version("aesthetics") and not no_hub
+    start = f"pickscore yuvalkirstain/PickScore_v1/model.safetensors@{digest} yuval"
+    assert version("pickscore").startswith(start)
+    assert "linearMSE.pth" in version("aesthetics")
 
 
 def fails(name: str, weights, *parts: str) -> None:
+    """Loading the score is refused, in one line that has all these parts."""
     with pytest.raises(UserError) as error:
         load_scorer(name, str(weights))
     text = str(error.value)
     print(text)
-    assert "\n" not in text and all(part in text for part in parts), text
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
 
 
 @ALL
@@ -515,29 +550,69 @@ def test_missing_files_are_named_with_where_to_get_them(name, tmp_path, no_hub):
     fails(name, tmp_path, str(tmp_path / file), scorers.url(source, file))
     fails(name, tmp_path / "weights.pt", str(tmp_path / "weights.pt"), scorers.url(source, file))
     fails(name, "weights/missing.pt", "weights/missing.pt")
-    assert not no_hub                                            # none of these can be a hub id
+    assert not no_hub                            # none of these can be a hub id
+
+
+@ALL
+def test_files_that_the_hub_does_not_give_are_named_too(name, no_hub):
+    (file, source), *_ = scorers.FILES[name].items()
     fails(name, "", file, "ConnectionError", scorers.url(source, file))
     fails(name, "someone/else", file, "ConnectionError", scorers.url("someone/else", file))
 
 
-def test_missing_companions_are_named(folders, tmp_path, no_hub):
-    companions = {"pickscore": "tokenizer.json", "imagereward": "vocab.txt", "aesthetics": "config.json"}
-    for name, companion in companions.items():
-        (tmp_path / name).mkdir()
-        (copy(folders[name], tmp_path / name) / companion).unlink()
-        fails(name, tmp_path / name, scorers.url(scorers.FILES[name][companion], companion))
+@pytest.mark.parametrize("name, companion", [
+    ("pickscore", "tokenizer.json"),
+    ("imagereward", "vocab.txt"),
+    ("aesthetics", "config.json"),
+])
+def test_missing_companions_are_named(name, companion, folders, tmp_path, no_hub):
+    (copy(folders[name], tmp_path) / companion).unlink()
+    fails(name, tmp_path, scorers.url(scorers.FILES[name][companion], companion))
+
+
+def last_matrix(state: dict) -> str:
+    return max(key for key in state if state[key].ndim == 2)
+
+
+def without_a_weight(state: dict) -> None:
+    state.pop(last_matrix(state))
+
+
+def with_another_shape(state: dict) -> None:
+    state[last_matrix(state)] = torch.zeros(3, 3)
+
+
+def with_one_more(state: dict) -> None:
+    state["unknown"] = torch.zeros(1)
 
 
 @ALL
-def test_damaged_weights_are_refused(name, folders, tmp_path):
-    last = lambda state: max(k for k in state if state[k].ndim == 2)
-    changes = {"is missing": lambda state: state.pop(last(state)),
-               "another shape": lambda state: state.update({last(state): torch.zeros(3, 3)}),
-               "": lambda state: state.update(unknown=torch.zeros(1))}          # more than is needed does no harm
-    for fault, change in changes.items():
-        (tmp_path / fault).mkdir(exist_ok=True)
-        path = replace_weights(name, folders[name], tmp_path / fault, change)
-        fails(name, path, str(path), fault) if fault else load_scorer(name, str(path))
+@pytest.mark.parametrize("change, fault", [
+    (without_a_weight, "is missing"),
+    (with_another_shape, "another shape"),
+])
+def test_damaged_weights_are_refused(name, change, fault, folders, tmp_path):
+    path = replace_weights(name, folders[name], tmp_path, change)
+    fails(name, path, str(path), fault)
+
+
+@ALL
+def test_more_weights_than_are_needed_do_no_harm(name, folders, tmp_path):
+    path = replace_weights(name, folders[name], tmp_path, with_one_more)
+    load_scorer(name, str(path))
+
+
+@ALL
+def test_wrong_files_are_refused(name, folders, tmp_path):
+    other = "imagereward"
+    if name == "imagereward":
+        other = "aesthetics"
+    others = (folders[other] / weights_file(other)).read_bytes()
+    path = copy(folders[name], tmp_path) / weights_file(name)
+    for content in (b"<html>404</html>", b"", others):
+        path.unlink()
+        path.write_bytes(content)
+        fails(name, path, str(path))
 
 
 class Payload:
@@ -546,14 +621,8 @@ class Payload:
 
 
 @ALL
-def test_wrong_files_are_refused(name, folders, tmp_path, capsys):
-    path = copy(folders[name], tmp_path) / next(iter(scorers.FILES[name]))
-    other = "imagereward" if name != "imagereward" else "aesthetics"
-    for content in (b"<html>404</html>", b"", (folders[other] / next(iter(scorers.FILES[other]))).read_bytes()):
-        path.unlink()
-        path.write_bytes(content)
-        fails(name, path, str(path))
-    pickle = tmp_path / "payload.pt"
+def test_a_pickle_is_refused_and_not_run(name, folders, tmp_path, capsys):
+    pickle = copy(folders[name], tmp_path) / "payload.pt"
     torch.save(Payload(), pickle)
     capsys.readouterr()
     fails(name, pickle, str(pickle), "not a readable weights file")

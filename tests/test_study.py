@@ -1,118 +1,344 @@
-"""The study: an arm that shares what others made equals one that was run alone, in its results and in its ledger."""
+"""The study: an arm that shares what others made equals one that was run alone, in its results and
+in its ledger; and the tables say what the runs did."""
+
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 
-from lib import estimators, figures, study
+from lib.plan.stages import load_stage
+from lib.run import UserError
+from lib.settings import build_parser
+from lib.sheets import read_pictures
+from lib.study import __main__ as command
+from lib.study import answers, judge, questions, runner, tune
+from lib.study.runner import Job, folder_of
+from lib.world import people
 
-MINI = ["--seed-pairs", "8", "--holdout-pairs", "4", "--iter-prompts", "2", "--candidates", "3", "--draws", "2",
-        "--sample-steps", "2", "--iter0-steps", "2", "--iter-steps", "2", "--batch", "4", "--micro-batch", "4",
-        "--eval-count", "4", "--beta", "2000", "--lr", "1e-4"]
+# A run of a few seconds.
+MINI = tuple("""
+    --seed-pairs 8 --holdout-pairs 4 --iter-prompts 2 --candidates 3 --draws 2 --sample-steps 2
+    --iter0-steps 2 --iter-steps 2 --batch 4 --micro-batch 4 --eval-count 4 --beta 2000 --lr 1e-4
+""".split())
 ARMS = ["SAIL", "random pair", "no mixup", "seed only", "SAIL, 6 rounds"]
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
+    """(the study's folder, its jobs), all of them run; each arm shares with those before it."""
     out = tmp_path_factory.mktemp("study") / "a"
-    jobs = [(arm, 0, MINI, ["further=extrapolate:Iter0:2"] if arm == "SAIL" else []) for arm in ARMS]
+    jobs = [Job(arm, 0, MINI, questions.ARMS[arm].rows) for arm in ARMS]
     for job in jobs:
-        study.run_arm(out, *job)
+        runner.run_arm(out, job)
     return out, jobs
 
 
-@pytest.mark.parametrize("arm", ["random pair", "no mixup"])
-def test_sharing_changes_nothing(studied, tmp_path, arm):
-    shared, alone = study.folder_of(studied[0], arm, 0), study.folder_of(tmp_path, arm, 0)
-    study.run_arm(tmp_path, arm, 0, MINI, [])
-    sail = study.folder_of(studied[0], "SAIL", 0)
-    inode = lambda folder, name: (folder / name).stat().st_ino
-    for name in ("seed/pairs.parquet", "iter0/unet/diffusion_pytorch_model.safetensors", "iter1/candidates.parquet"):
-        assert inode(shared, name) == inode(sail, name)
-    assert (inode(shared, "iter1/pairs.parquet") == inode(sail, "iter1/pairs.parquet")) == (arm == "no mixup")
+@pytest.fixture(scope="module")
+def results(studied):
+    """What `studied` found, as a question of all its arms."""
+    scores, facts = answers.collect(*studied)
+    return answers.Results(scores, facts, ARMS, range(1))
+
+
+# ---- the arms as data ----
+
+@pytest.mark.parametrize("arm", questions.ARMS)
+def test_an_arm_has_settings_that_a_run_takes(arm):
+    given = runner.settings_of(ROOT / "out", Job(arm, 0))
+    build_parser("").parse_args(given)
+
+
+def test_questions_and_variants_name_arms():
+    named = set(questions.TUNED) | set(questions.TUNE_ARMS)
+    for question in questions.QUESTIONS.values():
+        named |= set(question.arms)
+    for arm in questions.ARMS:
+        named.add(questions.method_of(arm))
+    assert named <= set(questions.ARMS)
+
+
+def test_a_variant_takes_the_tuned_settings_of_its_method():
+    given = " ".join(runner.settings_of(ROOT / "out", Job("seed only, 32 pairs", 0)))
+    assert given.endswith("--alpha 0 --beta 1000 --lr 1e-5")
+
+
+# ---- sharing ----
+
+@pytest.fixture(scope="module", params=["random pair", "no mixup"])
+def twins(studied, tmp_path_factory, request):
+    """(arm, its folder in the study, the folder of the same arm run alone)."""
+    alone = tmp_path_factory.mktemp("alone")
+    runner.run_arm(alone, Job(request.param, 0, MINI))
+    arm = request.param
+    return arm, folder_of(studied[0], arm, 0), folder_of(alone, arm, 0)
+
+
+@pytest.mark.parametrize("name", [
+    "seed/pairs.parquet", f"iter0/{WEIGHTS}", "iter1/candidates.parquet"])
+def test_what_is_the_same_is_shared(studied, twins, name):
+    sail = folder_of(studied[0], "SAIL", 0)
+    assert (twins[1] / name).samefile(sail / name)
+
+
+@pytest.mark.parametrize("name", ["iter1/pairs.parquet", "iter1/draws.parquet"])
+def test_a_ranking_is_shared_whole_or_not_at_all(studied, twins, name):
+    """Another choice of the pair needs stage 03 anew."""
+    arm, shared, _ = twins
+    sail = folder_of(studied[0], "SAIL", 0)
+    assert (shared / name).samefile(sail / name) == (arm == "no mixup")
+
+
+def test_sharing_changes_no_weight(twins):
+    _, shared, alone = twins
     for k in range(4):
-        a, b = (load_file(f / f"iter{k}/unet/diffusion_pytorch_model.safetensors") for f in (shared, alone))
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        ours = load_file(shared / f"iter{k}" / WEIGHTS)
+        theirs = load_file(alone / f"iter{k}" / WEIGHTS)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_cost_is_that_of_the_arm_run_alone(studied, twins):
+    arm, _, alone = twins
     ledger = pd.read_parquet(alone / "ledger.parquet").query("stage != '05_eval'")
-    _, facts = study.collect(studied[0], [(arm, 0)])
-    assert facts.forwards.tolist() == [ledger[ledger.iter.fillna(0) <= k].unet_forwards.sum() for k in range(4)]
+    _, facts = answers.collect(studied[0], [Job(arm, 0)])
+    expected = [ledger[ledger.iter.fillna(0) <= k].unet_forwards.sum() for k in range(4)]
+    assert facts.forwards.tolist() == expected
 
 
 def test_six_rounds_go_on_from_three(studied):
-    three, six = (study.folder_of(studied[0], arm, 0) for arm in ("SAIL", "SAIL, 6 rounds"))
-    trained = pd.read_parquet(six / "ledger.parquet").query("stage == '04_train_dpo'").iter.tolist()
-    assert trained == [4, 5, 6] and (three / "iter3/unet/config.json").samefile(six / "iter3/unet/config.json")
-    assert list(pd.read_parquet(six / "eval/scores.parquet").model.unique()) == ["base", *(f"Iter{k}" for k in range(7))]
+    three, six = (folder_of(studied[0], arm, 0) for arm in ("SAIL", "SAIL, 6 rounds"))
+    trained = pd.read_parquet(six / "ledger.parquet").query("stage == '04_train_dpo'")
+    assert trained.iter.tolist() == [4, 5, 6]
+    assert (three / "iter3/unet/config.json").samefile(six / "iter3/unet/config.json")
 
+
+def test_six_rounds_are_all_evaluated(studied):
+    scores = pd.read_parquet(folder_of(studied[0], "SAIL, 6 rounds", 0) / "eval/scores.parquet")
+    assert list(scores.model.unique()) == ["base", *(f"Iter{k}" for k in range(7))]
+
+
+def test_a_finished_arm_is_left_alone(studied):
+    out, jobs = studied
+    weights = folder_of(out, "SAIL", 0) / "iter3" / WEIGHTS
+    before = weights.stat().st_mtime_ns
+    assert runner.run_arm(out, jobs[0]).endswith("there")
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_a_finished_arm_takes_no_other_settings(studied):
+    with pytest.raises(UserError, match="lr"):
+        runner.run_arm(studied[0], Job("SAIL", 0, (*MINI, "--lr", "5e-5")))
+
+
+# ---- answers ----
 
 def test_a_run_that_ended_early_leaves_its_arm_out_and_is_told():
+    question = questions.Question("title", ("SAIL", "no mixup"), seeds=3)
     failed = {("SAIL", 1): "iter0, step 68: diverged", ("no mixup", 4): "x"}
-    line, = study.ended_early(failed, ["SAIL", "no mixup"], 3)
-    assert "SAIL, 1 of 3" in line and "step 68" in line
+    left_out = command.ended_early(failed, question)
+    assert list(left_out) == ["SAIL"]
+    assert "SAIL, 1 of 3" in left_out["SAIL"]
+    assert "step 68" in left_out["SAIL"]
 
 
-def test_the_judges_draws_are_compared(studied):
-    out, _ = studied
-    estimators.answer(out, [study.folder_of(out, "SAIL", 0)])
-    table = pd.read_csv(out / "judge.csv").set_index("estimator")
-    best = table.gap["best and worst in truth"]
-    assert (table.gap <= best + 1e-9).all() and table.accuracy.dropna().between(0, 1).all() and (out / "judge.png").exists()
+def test_the_table_has_a_row_for_each_arm_and_further_model(results):
+    table = answers.table_of(results)
+    controls = ["Iter0 extrapolated", "Iter0 as guidance"]
+    assert list(table.row) == ["base", "Iter0", *ARMS[:4], *controls, "SAIL, 6 rounds"]
 
 
-def test_a_finished_arm_is_left_alone_and_settings_are_not_confused(studied):
-    out, jobs = studied
-    weights = study.folder_of(out, "SAIL", 0) / "iter3/unet/diffusion_pytorch_model.safetensors"
-    before = weights.stat().st_mtime_ns
-    assert study.run_arm(out, *jobs[0]).endswith("there") and weights.stat().st_mtime_ns == before
-    with pytest.raises(study.UserError, match="lr"):
-        study.run_arm(out, "SAIL", 0, [*MINI, "--lr", "5e-5"], [])
-
-
-def test_tables_and_figures_say_what_the_runs_did(studied):
-    out, jobs = studied
-    scores, facts = study.collect(out, jobs)
-    table = figures.table_of(scores, facts, ARMS, range(1)).set_index("row")
-    assert list(table.index) == ["base", "Iter0", "SAIL", "further", *ARMS[1:]]
-    kept = pd.read_parquet(study.folder_of(out, "no mixup", 0) / "eval/scores.parquet").groupby("model").utility.mean()
-    assert table.loc["no mixup", "over base"] == pytest.approx(kept["Iter3"] - kept["base"])
-    assert table.loc["seed only", "UNet forwards"] < table.loc["SAIL", "UNet forwards"]
-    figures.answer(out, "pairs", "title", ARMS, range(1), scores, facts)
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure = figures.over_setting(plt, scores, facts, ["SAIL", "no mixup"], range(1), table)
-    for axis, score in zip(figure.axes, ("utility", "alignment")):              # the points lie within the axes
-        gains = [table.loc[row, score] - table.loc["base", score] for row in ("SAIL", "no mixup")]
-        (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-        assert left < table.loc["SAIL", "human pairs"] < right and low < min(gains) and max(gains) < high
-    plt.close(figure)
-    assert "no mixup" in (out / "pairs.md").read_text() and (out / "pairs.png").stat().st_size > 1000
-
-
-def test_tuning_takes_the_best_setting_that_keeps_alignment(tmp_path, monkeypatch):
-    """The arms and the settings cut down; the controls are chosen on the Iter0 of the arm's own best setting."""
-    monkeypatch.setattr(study, "GRID", ("--beta 2000 --lr 1e-4", "--beta 2000 --lr 5e-4"))
-    monkeypatch.setattr(study, "TUNE_ARMS", ("seed only",))
-    monkeypatch.setattr(study, "CONTROL_GRID", [study.CONTROL_GRID[0], study.CONTROL_GRID[-1]])
-    monkeypatch.setattr(study, "ALIGNMENT_LOSS", 9.)                    # four prompts say little: any setting may be best
-    study.main(["--out", str(tmp_path), "--tune", "--workers", "1", *MINI[:-4], "--eval-count", "4"])
-    table = pd.read_csv(tmp_path / "tune.csv")
-    assert len(table) == 2 * (1 + len(study.CONTROL_GRID)) and table.groupby("arm").best.sum().eq(1).all()
-    arm, controls = table[table.arm == "seed only"], table[table.arm != "seed only"]
-    assert arm[arm.best].utility.item() == arm.utility.max()
-    assert set(controls[controls.best].setting) == set(arm[arm.best].setting)
-    scores = pd.read_parquet(study.folder_of(tmp_path / "tune/1", "seed only", 100) / "eval/scores.parquet")
+def test_the_table_says_what_the_runs_did(studied, results):
+    table = answers.table_of(results).set_index("row")
+    scores = pd.read_parquet(folder_of(studied[0], "no mixup", 0) / "eval/scores.parquet")
     means = scores.groupby("model").utility.mean()
-    assert arm.utility.iloc[1] == pytest.approx(means["Iter3"] - means["base"], abs=1e-4)
+    assert table.loc["no mixup", "over base"] == pytest.approx(means["Iter3"] - means["base"])
+
+
+def test_training_without_candidates_costs_less(results):
+    table = answers.table_of(results).set_index("row")
+    assert table.loc["seed only", "UNet forwards"] < table.loc["SAIL", "UNet forwards"]
+
+
+@pytest.mark.parametrize("over", ["", "pairs", "rounds"])
+def test_an_answer_is_a_table_and_a_figure(results, tmp_path, over):
+    question = questions.Question("title", tuple(ARMS), seeds=1, over=over)
+    answers.answer(tmp_path, "pairs", question, results, ["left out: one"])
+    text = (tmp_path / "pairs.md").read_text()
+    assert "no mixup" in text
+    assert text.endswith("- left out: one")
+    assert (tmp_path / "pairs.png").stat().st_size > 1000
+
+
+def test_the_points_of_a_figure_lie_within_its_axes(results):
+    import matplotlib.pyplot as plt
+
+    two = answers.Results(results.scores, results.facts, ["SAIL", "no mixup"], range(1))
+    table = answers.table_of(results).set_index("row")
+    figure = answers.draw_over_setting(two, "pairs")
+    for axis, score in zip(figure.axes, ("utility", "alignment")):
+        gains = table.loc[two.arms, score] - table.loc["base", score]
+        left, right = axis.get_xlim()
+        low, high = axis.get_ylim()
+        assert left < table.loc["SAIL", "human pairs"] < right
+        assert low < gains.min()
+        assert gains.max() < high
+    plt.close(figure)
+
+
+def test_arms_of_a_figure_stand_at_their_own_settings(results):
+    lines = answers.lines_over(results, "alpha")
+    at = {method: [point[0] for point in points["utility"]] for method, points in lines.items()}
+    assert at == {"SAIL": [.25, .25], "random pair": [.25], "no mixup": [1.], "seed only": [0.]}
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
     """Means of a population of run seeds and of prompts, 5 seeds and 60 prompts at a time."""
-    rng, covered = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    covered = 0
     for _ in range(400):
-        values = 1 + .5 * rng.normal(size=(5, 1)) + .3 * rng.normal(size=(1, 60)) + rng.normal(size=(5, 60))
-        _, low, high = figures.interval(values)
+        of_seeds = .5 * rng.normal(size=(5, 1))
+        of_prompts = .3 * rng.normal(size=(1, 60))
+        _, low, high = answers.interval(1 + of_seeds + of_prompts + rng.normal(size=(5, 60)))
         covered += low <= 1 <= high
     assert .92 < covered / 400 < .995
+
+
+# ---- the judge ----
+
+@pytest.fixture(scope="module")
+def judged(studied):
+    """(folder of the arm SAIL, its round 1 as lib/study/judge.py reads it)."""
+    run = folder_of(studied[0], "SAIL", 0)
+    return run, judge.read_round(run, 1)
+
+
+def test_all_draws_are_the_judge_that_the_run_had(judged):
+    run, of_round = judged
+    table = judge.measure(of_round).set_index("draws")
+    of_run = json.loads((run / "iter1/judge.json").read_text())
+    assert table.accuracy[judge.ALL] == pytest.approx(of_run["accuracy"])
+
+
+def test_all_draws_choose_the_pairs_that_the_run_had(judged):
+    run, of_round = judged
+    table = judge.measure(of_round).set_index("draws")
+    pairs = pd.read_parquet(run / "iter1/pairs.parquet")
+    win, lose = (people.score(pairs.prompt.tolist(), read_pictures(run, pairs[side]))["utility"]
+                 for side in ("win", "lose"))
+    assert table.gap[judge.ALL] == pytest.approx((win - lose).mean().item(), abs=1e-6)
+
+
+def made_up_draws():
+    """Two comparisons of two pictures with three draws each, all above t = 500 in the second.
+
+    The first picture is better by 1 in the first comparison at low t, and worse by 5 at high t; in
+    the second it is better at all t.
+    """
+    t = torch.tensor([[100, 200, 900], [600, 700, 800]])
+    reward = torch.tensor([[[1., 1., 0.], [0., 0., 5.]], [[3., 3., 3.], [0., 0., 0.]]])
+    anchor_error = torch.tensor([.1, .1, 10.]).expand(2, 2, 3)
+    return load_stage("03").Draws(t, anchor_error - reward, anchor_error, reward)
+
+
+@pytest.mark.parametrize("choice, agrees", [
+    (judge.ALL, .5),            # the one loud draw at t = 900 decides the first comparison
+    (judge.LOW, 1.),            # the second comparison has no draw there, and does not count
+    (judge.HIGH, .5),
+    (judge.BALANCED, 1.),       # a draw of error 10 is a hundred times quieter than one of .1
+])
+def test_agreement_by_the_draws_that_are_chosen(choice, agrees):
+    draws = made_up_draws()
+    assert judge.agreement(draws, judge.weights_of(choice, draws)) == agrees
+
+
+def test_the_gap_is_that_of_the_pictures_that_are_chosen():
+    draws = made_up_draws()
+    utility = torch.tensor([[2., 1.], [1.5, 1.]])
+    weights = judge.weights_of(judge.ALL, draws)
+    assert judge.gap(draws, weights, utility) == pytest.approx((-1 + .5) / 2)
+
+
+def test_tenths_of_t_are_measured_by_their_own_draws():
+    tenths = judge.measure_tenths(made_up_draws()).set_index("t")
+    assert tenths.accuracy[950] == 0
+    assert tenths.accuracy[650] == 1
+    assert np.isnan(tenths.accuracy[50])
+    assert tenths.spread[950] == pytest.approx(torch.tensor([0., 5.]).std().item())
+
+
+def test_the_judge_is_answered_from_finished_runs(studied, tmp_path):
+    judge.answer(tmp_path, "title", [folder_of(studied[0], "SAIL", 0)])
+    table = pd.read_csv(tmp_path / "judge.csv").set_index("draws")
+    assert (table.gap <= table.gap["best and worst in truth"] + 1e-4).all()
+    assert table.accuracy.dropna().between(0, 1).all()
+    assert (tmp_path / "judge.png").stat().st_size > 1000
+
+
+# ---- tuning and the whole command ----
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """(the study's folder, tune.csv) with one arm, two settings and one control of each kind."""
+    out = tmp_path_factory.mktemp("tuned")
+    controls = {kind: rows[:1] for kind, rows in tune.CONTROL_GRID.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "GRID", ("--beta 2000 --lr 1e-4", "--beta 2000 --lr 5e-4"))
+        patch.setattr(tune, "TUNE_ARMS", ("seed only",))
+        patch.setattr(tune, "CONTROL_GRID", controls)
+        patch.setattr(tune, "ALIGNMENT_LOSS", 9.)       # four prompts say little: any may be best
+        settings = MINI[:MINI.index("--beta")]
+        command.main(["--out", str(out), "--tune", "--workers", "2", *settings])
+    return out, pd.read_csv(out / "tune.csv")
+
+
+def test_tuning_chooses_one_setting_for_each_arm_and_kind_of_control(tuned):
+    _, table = tuned
+    assert len(table) == 2 * (1 + 2)
+    assert table.groupby("arm").best.sum().eq(1).all()
+
+
+def test_tuning_takes_the_highest_utility(tuned):
+    _, table = tuned
+    arm = table[table.arm == "seed only"]
+    assert arm[arm.best].utility.item() == arm.utility.max()
+
+
+def test_controls_are_chosen_on_the_iter0_of_the_best_setting(tuned):
+    _, table = tuned
+    best = table[table.best]
+    assert best.setting.nunique() == 1
+
+
+def test_tuning_says_what_the_runs_did(tuned):
+    out, table = tuned
+    run = folder_of(out / "tune/1", "seed only", 100)
+    means = pd.read_parquet(run / "eval/scores.parquet").groupby("model").utility.mean()
+    second = table[(table.arm == "seed only") & (table.setting == "--beta 2000 --lr 5e-4")]
+    expected = means["Iter3"] - means["base"]
+    assert second.utility.item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_question_is_answered_without_an_arm_that_ended_early(studied, capsys, monkeypatch):
+    """The whole command, on runs that are there; its processes are left out."""
+    out, jobs = studied
+
+    def run_all(out, jobs, workers):
+        for job in jobs:
+            assert runner.run_arm(out, job).endswith("there")
+        return {("no mixup", 0): "it diverged"}
+
+    question = questions.Question("Some arms", tuple(ARMS), seeds=5)
+    monkeypatch.setitem(questions.QUESTIONS, "pairs", question)
+    monkeypatch.setattr(command, "run_all", run_all)
+    command.main(["--out", str(out), "--questions", "pairs", "judge", "--seeds", "1", *MINI])
+
+    printed = capsys.readouterr().out
+    assert "Some arms; 1 run seeds" in printed
+    assert "left out: no mixup, 1 of 1" in printed
+    assert "no mixup |" not in printed
+    assert set(pd.read_parquet(out / "facts.parquet").arm) == set(ARMS) - {"no mixup"}
+    assert (out / "judge.png").exists()

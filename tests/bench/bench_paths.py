@@ -1,27 +1,35 @@
-"""Training, sampling and ranking as the stages do them, beside the plain way; ratios from one run, sides in turn.
+"""Training, sampling and ranking as the stages do them, beside the plain way.
 
-    python -m tests.bench.bench_paths training             # SD1.5 of smaller widths at 128 px: a laptop's CPU
-    python -m tests.bench.bench_paths training --full      # SD1.5 as it is at 512 px, bf16 on a CUDA device
-    python -m tests.bench.bench_paths sampling | ranking   [--preset sdxl] [--full] [--rounds 5] [--threads 1]
+    python -m tests.bench.bench_paths training          # SD1.5 of smaller widths at 128 px: a CPU
+    python -m tests.bench.bench_paths training --full   # SD1.5 as it is at 512 px, bf16 on CUDA
+    python -m tests.bench.bench_paths sampling          # or ranking
+                [--preset sdxl] [--full] [--rounds 5] [--threads 1]
 
-training   stage 04's step (latents and prompt embeddings from disk) beside Diffusion-DPO's as its authors and diffusers'
-           script run it: VAE-encode both pictures and encode the prompt in every step. Same UNets, optimizer, batch and
-           precision; the plain step finds its pictures in memory as tensors, so no JPEG is decoded.
-sampling   lib.sampler.paint beside the diffusers pipeline called prompt by prompt for 8 pictures, its PNGs saved too.
-ranking    stage 03's errors_of beside a loop over candidates and draws, one forward each of model and anchor.
+training   stage 04's step (latents and prompt embeddings from disk) beside Diffusion-DPO's as its
+           authors and diffusers' script run it: VAE-encode both pictures and encode the prompt in
+           every step. Same UNets, optimizer, batch and precision; the plain step finds its pictures
+           in memory as tensors, so no JPEG is decoded.
+sampling   lib.sampler.paint beside the diffusers pipeline called prompt by prompt for 8 pictures,
+           its PNGs saved too.
+ranking    stage 03's measure_errors beside a loop over candidates and draws, one forward each of
+           model and anchor.
 
-Weights are random (speed does not depend on them). Each side does one round unmeasured, then they alternate; given are
-medians, the ratio of the medians, and the lowest and highest ratio of a round. The last column is the counted arithmetic
-per second beside that of a large matrix product on the same device.
+Weights are random (speed does not depend on them). Each side does one round unmeasured, then they
+take turns; given are medians, the ratio of the medians, and the lowest and highest ratio of a
+round. The last column is the counted arithmetic per second beside that of a large matrix product on
+the same device.
 """
 
 import argparse
+import functools
 import gc
+import itertools
 import statistics
 import sys
 import tempfile
 import threading
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -32,68 +40,164 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from diffusers import (AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline,
-                       UNet2DConditionModel)
+from diffusers import (AutoencoderKL, DDPMScheduler, StableDiffusionPipeline,
+                       StableDiffusionXLPipeline, UNet2DConditionModel)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection,
+                          CLIPTokenizer)
 
-from lib import models, probe, sampler
+from lib import diffusion, models, sampler
+from lib.models import BASE
+from lib.plan.architecture import (CLIP_TOKENS, SD15_UNET, SD_VAE, SDXL_UNET, Architecture,
+                                   count_flops, pair_arithmetic, random_inputs)
+from lib.plan.probe import matmul_rate, seconds_of
+from lib.plan.stages import load_stage
 from lib.run import Ledger, generator, open_image, save_latent
 from lib.settings import PRESETS, ROOT, Settings, cpu_name
 
-TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}   # CLIP ViT-L
-TEXT_2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,   # ViT-bigG
-          "projection_dim": 1280}
-SMALLER, LAYERS = 4, ("num_hidden_layers",)      # on a CPU every width is divided by this, never the depth
-REAL = {"sd15": .803 / 1.117, "sdxl": 6.76 / 4.88}                       # the real models' UNet forward over VAE encode
+# The text encoders: CLIP ViT-L, and for SDXL ViT-bigG as well.
+TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+TEXT_2 = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+
+# On a CPU every width is divided by this, never the depth.
+SMALLER = 4
+
+# The real models' UNet forward over VAE encode, by arithmetic.
+REAL = {"sd15": .803 / 1.117, "sdxl": 6.76 / 4.88}
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 PROMPT = "a lighthouse at dusk, oil painting, number {}"
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What the three comparisons have in common."""
+
+    s: Settings
+    architecture: Architecture
+    rounds: int
+    ceiling: float                  # FLOP per second of a large matrix product
+
+    @property
+    def run(self) -> Path:
+        return Path(self.s.run)
+
+    @property
+    def device(self) -> torch.device:
+        return models.device_of(self.s)
+
+    def flops(self, what: str) -> float:
+        """FLOP of a picture's "unet" forward, "encode" or "decode"."""
+        return count_flops(self.architecture, what, self.s.resolution)
+
+
 # ---- models and settings ----
 
-def make_pipeline(folder: Path, preset: str, divide: int) -> probe.Shape:
-    """The preset's classes and layout with random weights, saved for the stages to load; every width divided by `divide`,
-    and the number of heads too, so that a head is about as wide as it is."""
+def make_pipeline(folder: Path, preset: str, divide: int) -> Architecture:
+    """Save the preset's classes and layout with random weights, its widths divided by `divide`."""
     torch.manual_seed(0)
-    xl, narrow = preset == "sdxl", lambda *widths: tuple(max(1, width // divide) for width in widths)
-    sizes = {"block_out_channels": narrow(320, 640, 1280, 1280), "attention_head_dim": 8 // divide,  # the number of heads
-             "cross_attention_dim": 768 // divide}
-    if xl:
-        sizes = {"block_out_channels": narrow(320, 640, 1280), "attention_head_dim": narrow(5, 10, 20),
-                 "cross_attention_dim": 2048 // divide, "projection_class_embeddings_input_dim": 6 * 256 + 1280 // divide}
-    unet = UNet2DConditionModel(**(probe.SDXL_UNET if xl else probe.SD15_UNET) | sizes | {"norm_num_groups": 32 // divide})
-    vae = AutoencoderKL(**probe.SD_VAE | {"block_out_channels": narrow(*probe.SD_VAE["block_out_channels"])},
-                        norm_num_groups=32 // divide, scaling_factor=.13025 if xl else .18215)
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "lib/tiny/tokenizer", model_max_length=77)
-    config = lambda sizes: CLIPTextConfig(
-        **{k: v if k in LAYERS else v // divide for k, v in sizes.items()}, vocab_size=len(tokenizer),
-        max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    schedule = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
-                             steps_offset=1)
-    parts = {"vae": vae, "text_encoder": CLIPTextModel(config(TEXT)), "tokenizer": tokenizer, "unet": unet,
-             "scheduler": schedule}
-    parts |= {"text_encoder_2": CLIPTextModelWithProjection(config(TEXT_2)), "tokenizer_2": tokenizer} if xl else \
-        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    unet = make_unet(preset, divide)
+    vae = make_vae(preset, divide)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "lib/world/base/tokenizer",
+                                              model_max_length=CLIP_TOKENS)
+    schedule = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
+                             clip_sample=False, steps_offset=1)
+
+    parts = {"vae": vae, "tokenizer": tokenizer, "unet": unet, "scheduler": schedule}
+    parts["text_encoder"] = CLIPTextModel(text_config(TEXT, divide, tokenizer))
+    if preset == "sdxl":
+        second = text_config(TEXT_2, divide, tokenizer)
+        parts["text_encoder_2"] = CLIPTextModelWithProjection(second)
+        parts["tokenizer_2"] = tokenizer
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None,
+                  "requires_safety_checker": False}
     PIPELINES[preset](**parts).save_pretrained(folder)
-    return probe.Shape(dict(unet.config), dict(vae.config), 77, "")
+    return Architecture(dict(unet.config), dict(vae.config), CLIP_TOKENS, "")
 
 
-def settings_of(folder: Path, preset: str, full: bool) -> Settings:
-    small = {"resolution": 128, "sample_steps": 5, "sample_batch": 16, "draws": 5, "rank_batch": 40}
-    vae = {} if preset == "sd15" else {"vae": ""}               # the made-up pipeline's own
-    own = {"model": str(folder / "model"), "run": str(folder / "run"), "flip": 0.} | vae | ({} if full else small)
-    return Settings(**PRESETS[preset] | own)
+def narrow(widths: tuple[int, ...], divide: int) -> tuple[int, ...]:
+    """Widths, or numbers of heads, divided; none becomes zero."""
+    return tuple(max(1, width // divide) for width in widths)
+
+
+def make_unet(preset: str, divide: int) -> UNet2DConditionModel:
+    """The number of heads is divided too, so that a head is about as wide as it is.
+
+    In diffusers' config of this class `attention_head_dim` is the number of heads.
+    """
+    if preset == "sdxl":
+        config = SDXL_UNET | {
+            "block_out_channels": narrow((320, 640, 1280), divide),
+            "attention_head_dim": narrow((5, 10, 20), divide),
+            "cross_attention_dim": 2048 // divide,
+            "projection_class_embeddings_input_dim": 6 * 256 + 1280 // divide,
+        }
+    else:
+        config = SD15_UNET | {
+            "block_out_channels": narrow((320, 640, 1280, 1280), divide),
+            "attention_head_dim": 8 // divide,
+            "cross_attention_dim": 768 // divide,
+        }
+    return UNet2DConditionModel(**config, norm_num_groups=32 // divide)
+
+
+def make_vae(preset: str, divide: int) -> AutoencoderKL:
+    scaling = .18215
+    if preset == "sdxl":
+        scaling = .13025
+    widths = {"block_out_channels": narrow(SD_VAE["block_out_channels"], divide)}
+    return AutoencoderKL(**SD_VAE | widths, norm_num_groups=32 // divide, scaling_factor=scaling)
+
+
+def text_config(sizes: dict, divide: int, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """A text encoder of these sizes, all of them divided but the number of layers."""
+    divided = {}
+    for name, size in sizes.items():
+        divided[name] = size // divide
+    divided["num_hidden_layers"] = sizes["num_hidden_layers"]
+    return CLIPTextConfig(
+        **divided, vocab_size=len(tokenizer), max_position_embeddings=CLIP_TOKENS,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+
+
+def settings_of(folder: Path, preset: str, full: bool, compile: str) -> Settings:
+    """The preset's settings for the made-up pipeline; small ones unless it is of full size."""
+    values = PRESETS[preset] | {
+        "model": str(folder / "model"),
+        "vae": "",                              # the made-up pipeline's own
+        "run": str(folder / "run"),
+        "flip": 0.,
+        "compile": compile,
+    }
+    if not full:
+        values |= {"resolution": 128, "sample_steps": 5, "sample_batch": 16, "draws": 5,
+                   "rank_batch": 40}
+    return Settings(**values)
 
 
 # ---- measuring ----
 
 class Peak:
-    """Highest memory within a `with`: allocated on CUDA, else the process's resident memory, looked at every 5 ms."""
+    """Highest memory within a `with`, in bytes.
+
+    On CUDA it is what was allocated, else the process's resident memory, looked at every 5 ms.
+    """
 
     def __enter__(self):
         gc.collect()
-        self.bytes, self.done = 0, threading.Event()
+        self.bytes = 0
+        self.done = threading.Event()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -112,201 +216,384 @@ class Peak:
             self.bytes = torch.cuda.max_memory_allocated()
 
 
-def alternate(ours, plain, rounds: int, device) -> tuple[list[float], list[float]]:
+def alternate(ours: Callable, plain: Callable, bench: Bench) -> tuple[list[float], list[float]]:
     """Seconds of each round of both sides, in turn, after one round of each unmeasured."""
-    ours(), plain()
-    times = [(probe.seconds_of(ours, device), probe.seconds_of(plain, device)) for _ in range(rounds)]
-    return [t[0] for t in times], [t[1] for t in times]
+    ours()
+    plain()
+    our_times, plain_times = [], []
+    for _ in range(bench.rounds):
+        our_times.append(seconds_of(ours, bench.device))
+        plain_times.append(seconds_of(plain, bench.device))
+    return our_times, plain_times
 
 
-def tell(title: str, unit: str, count: int, flop: tuple[float, float], times: tuple[list, list], ceiling: float) -> None:
-    """One line per side, and their ratio."""
-    for name, seconds, work in zip(("ours", "plain"), times, flop):
+def best_of(count: int, work: Callable, device: torch.device) -> float:
+    """Seconds of the fastest of some calls."""
+    return min(seconds_of(work, device) for _ in range(count))
+
+
+def tell(title: str, unit: str, count: int, flop: tuple[float, float],
+         times: tuple[list[float], list[float]], ceiling: float) -> None:
+    """Print one line per side, ours and the plain one, and their ratio."""
+    for side, seconds, work in zip(("ours", "plain"), times, flop):
         middle = statistics.median(seconds)
-        print(f"{title:9} {name:6} {count / middle:8.3f} {unit}/s (rounds {count / max(seconds):.3f} to "
-              f"{count / min(seconds):.3f}), {work / middle / 1e12:.3g} TFLOP/s, "
-              f"{work / middle / ceiling:.0%} of a matrix product's {ceiling / 1e12:.3g}", flush=True)
-    ratios = [b / a for a, b in zip(*times)]
-    print(f"{title:9} ratio  {statistics.median(times[1]) / statistics.median(times[0]):.2f} (rounds {min(ratios):.2f} to "
-          f"{max(ratios):.2f}), by arithmetic alone {flop[1] / flop[0]:.2f}", flush=True)
+        slowest, fastest = count / max(seconds), count / min(seconds)
+        print(f"{title:9} {side:6} {count / middle:8.3f} {unit}/s "
+              f"(rounds {slowest:.3f} to {fastest:.3f}), {work / middle / 1e12:.3g} TFLOP/s, "
+              f"{work / middle / ceiling:.0%} of a matrix product's {ceiling / 1e12:.3g}",
+              flush=True)
+
+    our_times, plain_times = times
+    ratio = statistics.median(plain_times) / statistics.median(our_times)
+    ratios = [plain / ours for ours, plain in zip(our_times, plain_times)]
+    print(f"{title:9} ratio  {ratio:.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f}), "
+          f"by arithmetic alone {flop[1] / flop[0]:.2f}", flush=True)
 
 
 # ---- training ----
 
-def training(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> None:
-    stage, run, device, dtype = probe.stage("04"), Path(s.run), models.device_of(s), models.dtype_of(s)
-    pairs = pd.DataFrame([{"prompt": PROMPT.format(i), "win": f"seed/images/{i}_w.jpg", "lose": f"seed/images/{i}_l.jpg"}
-                          for i in range(s.micro_batch)])
-    files = [run / name for name in (*pairs.win, *pairs.lose)]
-    (run / "seed/images").mkdir(parents=True)
-    for i, file in enumerate(files):
-        noise = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((s.resolution, s.resolution), Image.Resampling.BICUBIC).save(file)
-    models.ensure_latents(files, s, lambda i: open_image(files[i], run, i))
-    encoder, scheduler = models.PromptEncoder(s).prepare(pairs.prompt.tolist()), models.load_schedule(s)
-    policy, ref = stage.load_policy(s, 0)
-    parameters = list(policy.parameters())
-    optimizer = stage.make_optimizer(s, parameters)
-    values, b = models.stack_latents(files[:1])[0].shape[1:], s.micro_batch
+class Training:
+    """A micro-batch of stage 04, ours and the plain way; `optimize` is what both do once a step."""
 
-    def step():
-        """What both do once in s.batch pairs."""
-        torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
-        optimizer.step()
+    def __init__(self, bench: Bench):
+        s = bench.s
+        self.s, self.device = s, bench.device
+        self.stage = load_stage("04")
+        self.pairs = make_pairs(bench.run, s.micro_batch)
+        files = [bench.run / name for name in (*self.pairs.win, *self.pairs.lose)]
+        make_pictures(files, s.resolution)
 
-    def ours():
-        """A micro-batch in 04_train_dpo.train."""
-        draws = stage.step_draws(replace(s, batch=b), 0, 0, values)
-        errors = stage.pair_errors(s, policy, ref, scheduler, pairs, draws, encoder)
-        (stage.dpo_loss(*errors, s.beta)[0].sum() / s.batch).backward()
+        def open_one(i):
+            return open_image(files[i], bench.run, i + 1)
 
-    def plain():
-        """The same in SalesforceAIResearch/DiffusionDPO's train.py and diffusers' train_diffusion_dpo.py."""
+        # Ours finds latents and prompt embeddings on the disk.
+        models.ensure_latents(files, s, open_one)
+        self.shape = models.stack_latents(files[:1])[0].shape[1:]
+        self.encoder = models.PromptEncoder(s)
+        self.encoder.prepare(self.pairs.prompt.tolist())
+
+        self.schedule = models.load_schedule(s)
+        self.policy, self.ref = self.stage.load_policy_and_reference(s, 0)
+        self.parameters = list(self.policy.parameters())
+        self.optimizer = self.stage.make_optimizer(s, self.parameters)
+        self.files = files
+
+    def load_plain(self) -> None:
+        """What the plain way has in memory beside: VAE, text encoders, and pictures in -1..1."""
+        self.vae = models.load_vae(self.s)
+        pipeline = PIPELINES[self.s.preset]
+        self.pipe = pipeline.from_pretrained(self.s.model, unet=None, vae=None,
+                                             dtype=models.dtype_of(self.s)).to(self.device)
+        pixels = [np.array(open_image(file, self.s.run, 1)) for file in self.files]
+        self.pictures = torch.from_numpy(np.stack(pixels)).movedim(-1, 1) / 127.5 - 1
+
+    def optimize(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.s.max_grad_norm)
+        self.optimizer.step()
+
+    def ours(self) -> None:
+        """A micro-batch of stage 04's `backward`."""
+        micro = replace(self.s, batch=self.s.micro_batch)
+        randoms = self.stage.step_randoms(micro, 0, 0, self.shape)
+        errors = self.stage.pair_errors(self.s, self.policy, self.ref, self.schedule, self.pairs,
+                                        randoms, self.encoder)
+        loss, _ = self.stage.dpo_loss(*errors, self.s.beta)
+        (loss.sum() / self.s.batch).backward()
+
+    def plain(self) -> None:
+        """The same in DiffusionDPO's train.py and diffusers' train_diffusion_dpo.py."""
+        B = self.s.micro_batch
+        dtype = models.dtype_of(self.s)
         with torch.no_grad():
-            latents = vae.encode(pictures.to(device, dtype)).latent_dist.sample() * vae.config.scaling_factor
-            embeds, _, *pooled = pipe.encode_prompt(pairs.prompt.tolist(), device=device, num_images_per_prompt=1,
-                                                    do_classifier_free_guidance=False)
-            condition = {"embeds": embeds.repeat(2, 1, 1)} | ({"pooled": pooled[0].repeat(2, 1)} if pooled else {})
-        noise = torch.randn_like(latents[:b]).repeat(2, 1, 1, 1)
-        t = torch.randint(1000, (b,), device=device).repeat(2)
-        x_t = scheduler.add_noise(latents, noise, t)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            error = (models.predict(policy, x_t, t, condition) - noise.float()).square().mean((1, 2, 3))
-            with torch.no_grad():
-                ref_error = (models.predict(ref, x_t, t, condition) - noise.float()).square().mean((1, 2, 3))
-        win, lose = (error - ref_error).chunk(2)
-        (-torch.nn.functional.logsigmoid(-s.beta / 2 * (win - lose)).sum() / s.batch).backward()
+            posterior = self.encode().latent_dist
+            latents = posterior.sample() * self.vae.config.scaling_factor
+            condition = self.encode_prompts()
 
-    ours()
-    step()                                                      # the optimizer's states, then the peak of each
-    with Peak() as mine:
-        ours()
-    vae = models.load_vae(s)
-    pipe = PIPELINES[s.preset].from_pretrained(s.model, unet=None, vae=None, dtype=dtype).to(device)
-    pictures = torch.stack([torch.from_numpy(np.array(open_image(f, run, 0))) for f in files]).movedim(-1, 1) / 127.5 - 1
-    with Peak() as theirs:
-        plain()
-    unet, encode = probe.flops(shape, "unet", s.resolution), probe.flops(shape, "encode", s.resolution)
-    given = probe.inputs(policy, shape.tokens, s.resolution // 8, 2 * b, device)
+        noise = torch.randn_like(latents[:B]).repeat(2, 1, 1, 1)
+        t = torch.randint(1000, (B,), device=self.device).repeat(2)
+        x_t = self.schedule.add_noise(latents, noise, t)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            prediction = diffusion.predict(self.policy, x_t, t, condition)
+            error = (prediction - noise.float()).square().mean((1, 2, 3))
+            with torch.no_grad():
+                prediction = diffusion.predict(self.ref, x_t, t, condition)
+                ref_error = (prediction - noise.float()).square().mean((1, 2, 3))
+
+        win, lose = (error - ref_error).chunk(2)
+        loss = -torch.nn.functional.logsigmoid(-self.s.beta / 2 * (win - lose))
+        (loss.sum() / self.s.batch).backward()
+
+    def encode(self):
+        """The VAE's output on winners and losers."""
+        return self.vae.encode(self.pictures.to(self.device, models.dtype_of(self.s)))
+
+    def encode_prompts(self) -> dict[str, torch.Tensor]:
+        """The pipeline's own encoding, twice: for winners and losers."""
+        embeds, _, *pooled = self.pipe.encode_prompt(
+            self.pairs.prompt.tolist(), device=self.device, num_images_per_prompt=1,
+            do_classifier_free_guidance=False)
+        condition = {"embeds": embeds.repeat(2, 1, 1)}
+        if pooled:
+            condition["pooled"] = pooled[0].repeat(2, 1)
+        return condition
+
+
+def make_pairs(run: Path, count: int) -> pd.DataFrame:
+    """A table of made-up pairs."""
+    rows = []
+    for i in range(count):
+        rows.append({"prompt": PROMPT.format(i), "win": f"seed/images/{i}_w.jpg",
+                     "lose": f"seed/images/{i}_l.jpg"})
+    return pd.DataFrame(rows)
+
+
+def make_pictures(files: list[Path], resolution: int) -> None:
+    """Smooth noise, as JPEG."""
+    files[0].parent.mkdir(parents=True)
+    for i, file in enumerate(files):
+        rng = np.random.default_rng(i)
+        noise = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+        noise.resize((resolution, resolution), Image.Resampling.BICUBIC).save(file)
+
+
+def bench_training(bench: Bench) -> None:
+    s, device, B = bench.s, bench.device, bench.s.micro_batch
+    sides = Training(bench)
+
+    # The optimizer's states first, then the peak of each side.
+    sides.ours()
+    sides.optimize()
+    with Peak() as our_peak:
+        sides.ours()
+    sides.load_plain()
+    with Peak() as plain_peak:
+        sides.plain()
+
+    # The made-up UNet and VAE may not be to each other as the real ones are: both are timed alone.
+    side = s.resolution // bench.architecture.factor
+    given = random_inputs(sides.policy, bench.architecture.tokens, side, 2 * B, device)
     with torch.no_grad():
-        forward, encoding = [min(probe.seconds_of(work, device) for _ in range(4)) for work in (
-            lambda: models.predict(ref, *given), lambda: vae.encode(pictures.to(device, dtype)))]
-    times = alternate(ours, plain, rounds, device)
-    once = min(probe.seconds_of(step, device) for _ in range(3))
-    print(f"training  {b} pairs at once, {s.batch} a step; {once:.2f} s of each step for clipping and the optimizer; UNet "
-          f"forward over VAE encode: arithmetic {unet / encode:.2f}, time {forward / encoding:.2f} (the real model's "
-          f"arithmetic: {REAL[s.preset]:.2f})")
-    times = [[t + once * b / s.batch for t in side] for side in times]
-    flop = b * probe.forwards_per_pair(s) * unet
-    tell("training", "pairs", b, (flop, flop + 2 * b * encode), times, ceiling)
-    a, extra = statistics.median(times[0]), statistics.median(times[1]) - statistics.median(times[0])
-    real = 1 + extra / a * forward / encoding / REAL[s.preset]
-    print(f"training  ratio  {real:.2f} were UNet and VAE in time as the real ones are in arithmetic; peak memory: ours "
-          f"{mine.bytes / 1e9:.2f} GB, plain {theirs.bytes / 1e9:.2f} GB")
+        forward = best_of(4, functools.partial(diffusion.predict, sides.ref, *given), device)
+        encoding = best_of(4, sides.encode, device)
+
+    our_times, plain_times = alternate(sides.ours, sides.plain, bench)
+    once = best_of(3, sides.optimize, device)
+    unet, encode = bench.flops("unet"), bench.flops("encode")
+    print(f"training  {B} pairs at once, {s.batch} a step; {once:.2f} s of each step for clipping "
+          f"and the optimizer; UNet forward over VAE encode: arithmetic {unet / encode:.2f}, time "
+          f"{forward / encoding:.2f} (the real model's arithmetic: {REAL[s.preset]:.2f})")
+
+    # A micro-batch's part of what happens once a step.
+    our_times = [seconds + once * B / s.batch for seconds in our_times]
+    plain_times = [seconds + once * B / s.batch for seconds in plain_times]
+    flop = B * pair_arithmetic(s) * unet
+    tell("training", "pairs", B, (flop, flop + 2 * B * encode), (our_times, plain_times),
+         bench.ceiling)
+
+    ours = statistics.median(our_times)
+    extra = statistics.median(plain_times) - ours
+    real = 1 + extra / ours * forward / encoding / REAL[s.preset]
+    print(f"training  ratio  {real:.2f} were UNet and VAE in time as the real ones are in "
+          f"arithmetic; peak memory: ours {our_peak.bytes / 1e9:.2f} GB, "
+          f"plain {plain_peak.bytes / 1e9:.2f} GB")
 
 
 # ---- sampling ----
 
-def sampling(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> None:
-    run, device, n = Path(s.run), models.device_of(s), s.candidates
-    prompts = [PROMPT.format(i) for i in range(max(2, 2 * s.sample_batch // n if s.resolution > 128 else 2))]
-    unet, scheduler, ledger = models.load_unet(s, -1), models.load_sampler(s), Ledger(run, "bench", None, str(device))
-    pipe = PIPELINES[s.preset].from_pretrained(s.model, unet=unet, scheduler=scheduler, dtype=models.dtype_of(s))
-    pipe.to(device).set_progress_bar_config(disable=True)
-    seeds = {p: range(n * i, n * i + n) for i, p in enumerate(prompts)}
-    side, turn = s.resolution // 8, iter(range(1000))
+class Sampling:
+    """Pictures of some prompts, N each: by lib.sampler and by the diffusers pipeline."""
 
-    def ours():
-        folder = f"ours/images/{next(turn)}"
-        jobs = pd.DataFrame([{"prompt": p, "seed": seed, "image": f"{folder}/{seed}.png"}
-                             for p in prompts for seed in seeds[p]])
-        sampler.paint(s, -1, jobs, ledger, "ours", keep_latents=False, unet=unet)
-        return run / folder
+    def __init__(self, bench: Bench):
+        s = bench.s
+        self.s, self.run, self.device = s, bench.run, bench.device
+        prompts = 2
+        if s.resolution > 128:
+            prompts = max(2, 2 * s.sample_batch // s.candidates)
+        self.prompts = [PROMPT.format(i) for i in range(prompts)]
+        self.side = s.resolution // bench.architecture.factor
+        self.turn = itertools.count()
 
-    def plain():
-        (run / "plain").mkdir(parents=True, exist_ok=True)
-        for p in prompts:
-            noise, generators = sampler.start_noise(list(seeds[p]), (4, side, side), device)
-            pictures = pipe(p, num_images_per_prompt=n, num_inference_steps=s.sample_steps, guidance_scale=s.cfg_scale,
-                            latents=noise.to(models.dtype_of(s)), generator=generators).images
-            for seed, picture in zip(seeds[p], pictures):
-                picture.save(run / "plain" / f"{seed}.png")
+        self.unet = models.load_unet(s, BASE)
+        self.ledger = Ledger(self.run, "bench", None, str(self.device))
+        self.pipe = PIPELINES[s.preset].from_pretrained(
+            s.model, unet=self.unet, scheduler=models.load_sampler(s), dtype=models.dtype_of(s))
+        self.pipe.to(self.device).set_progress_bar_config(disable=True)
 
-    times, count = alternate(ours, plain, rounds, device), len(prompts) * n
-    folder = ours()
-    read = lambda where: np.stack([np.asarray(Image.open(where / f"{i}.png"), dtype=int) for i in range(count)])
-    mine, theirs = read(folder), read(run / "plain")
-    print(f"sampling  {count} pictures of {len(prompts)} prompts, {s.sampler}, {s.sample_steps} steps, guidance "
-          f"{s.cfg_scale}, batches of {s.sample_batch} and {n}; pictures differ by {np.abs(mine - theirs).max()} of 255 at "
-          f"most, {np.abs(mine - theirs).mean():.2g} on average (spread of the pictures {mine.std():.0f})")
-    unet, decode = probe.flops(shape, "unet", s.resolution), probe.flops(shape, "decode", s.resolution)
-    work = count * (2 * s.sample_steps * unet + decode)
-    tell("sampling", "images", count, (work, work), times, ceiling)
+    def seeds_of(self, i: int) -> list[int]:
+        """The seeds of prompt i's pictures, which are also their names."""
+        N = self.s.candidates
+        return list(range(N * i, N * i + N))
+
+    def ours(self) -> Path:
+        """Paint into a new folder, which is returned."""
+        folder = f"ours/images/{next(self.turn)}"
+        jobs = []
+        for i, prompt in enumerate(self.prompts):
+            for seed in self.seeds_of(i):
+                jobs.append({"prompt": prompt, "seed": seed, "image": f"{folder}/{seed}.png"})
+        sampler.paint(self.s, BASE, pd.DataFrame(jobs), self.ledger, "ours", keep_latents=False,
+                      unet=self.unet)
+        return self.run / folder
+
+    def plain(self) -> None:
+        """Prompt by prompt, from the same noise."""
+        s = self.s
+        folder = self.run / "plain"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, prompt in enumerate(self.prompts):
+            seeds = self.seeds_of(i)
+            shape = (4, self.side, self.side)
+            noise, generators = sampler.start_noise(seeds, shape, self.device)
+            pictures = self.pipe(
+                prompt, num_images_per_prompt=s.candidates, num_inference_steps=s.sample_steps,
+                guidance_scale=s.cfg_scale, latents=noise.to(models.dtype_of(s)),
+                generator=generators).images
+            for seed, picture in zip(seeds, pictures):
+                picture.save(folder / f"{seed}.png")
+
+
+def read_folder(folder: Path, count: int) -> np.ndarray:
+    """Pictures 0.png, 1.png, ... as whole numbers."""
+    pictures = [np.asarray(Image.open(folder / f"{i}.png"), dtype=int) for i in range(count)]
+    return np.stack(pictures)
+
+
+def bench_sampling(bench: Bench) -> None:
+    s = bench.s
+    sides = Sampling(bench)
+    times = alternate(sides.ours, sides.plain, bench)
+
+    count = len(sides.prompts) * s.candidates
+    ours, plain = read_folder(sides.ours(), count), read_folder(sides.run / "plain", count)
+    apart = np.abs(ours - plain)
+    print(f"sampling  {count} pictures of {len(sides.prompts)} prompts, {s.sampler}, "
+          f"{s.sample_steps} steps, guidance {s.cfg_scale}, batches of {s.sample_batch} and "
+          f"{s.candidates}; pictures differ by {apart.max()} of 255 at most, {apart.mean():.2g} on "
+          f"average (spread of the pictures {ours.std():.0f})")
+
+    flop = count * (2 * s.sample_steps * bench.flops("unet") + bench.flops("decode"))
+    tell("sampling", "images", count, (flop, flop), times, bench.ceiling)
 
 
 # ---- ranking ----
 
-def ranking(s: Settings, shape: probe.Shape, rounds: int, ceiling: float) -> None:
-    stage, run, device, n = probe.stage("03"), Path(s.run), models.device_of(s), s.candidates
-    unets, scheduler = [models.load_unet(s, -1), models.load_unet(s, -1)], models.load_schedule(s)
-    groups = [{"key": (1, i), "prompt": PROMPT.format(i), "images": [run / f"iter1/images/{i}_{c}.png" for c in range(n)]}
-              for i in range(4 if s.resolution > 128 else 2)]
-    rng = generator("bench")
-    for g in groups:
-        for image in g["images"]:
-            save_latent({"mean": torch.randn((4, s.resolution // 8, s.resolution // 8), generator=rng)}, image)
-    encoder = models.PromptEncoder(s).prepare([g["prompt"] for g in groups])
-    ledger, found = Ledger(run, "bench", 1, str(device)), {}
+class Ranking:
+    """Errors of model and anchor on some prompts' candidates: by stage 03 and one at a time."""
 
-    def ours():
-        errors = stage.errors_of(s, unets, groups, ledger, "ours")
-        found["ours"] = torch.stack(list(errors.values()), 1)                                    # (2, P, N, draws)
+    def __init__(self, bench: Bench):
+        s = bench.s
+        self.s, self.device = s, bench.device
+        self.stage = load_stage("03")
+        self.unets = [models.load_unet(s, BASE), models.load_unet(s, BASE)]
+        self.schedule = models.load_schedule(s)
+        self.ledger = Ledger(bench.run, "bench", 1, str(self.device))
+
+        prompts = 2
+        if s.resolution > 128:
+            prompts = 4
+        self.comparisons = []
+        for i in range(prompts):
+            images = [bench.run / f"iter1/images/{i}_{n}.png" for n in range(s.candidates)]
+            self.comparisons.append(self.stage.Comparison((1, i), PROMPT.format(i), images))
+        make_latents(self.comparisons, s.resolution // bench.architecture.factor)
+
+        self.encoder = models.PromptEncoder(s)
+        self.encoder.prepare([comparison.prompt for comparison in self.comparisons])
+
+    def ours(self) -> torch.Tensor:
+        """Errors (2, P, N, D)."""
+        _, errors = self.stage.measure_errors(self.s, self.unets, self.comparisons, self.ledger,
+                                              "ours")
+        return errors
 
     @torch.no_grad()
-    def plain():
-        errors = torch.empty(2, len(groups), n, s.draws)
-        for p, g in enumerate(groups):
-            condition = encoder([g["prompt"]])
-            for c, image in enumerate(g["images"]):
-                x0 = models.stack_latents([image])[0].to(device)
-                for d, (t, noise) in enumerate(zip(*stage.reward_draws(s, g["key"], x0.shape[1:]))):
-                    t, noise = t[None].to(device), noise[None].to(device)
-                    x_t = scheduler.add_noise(x0, noise, t)
-                    for u, unet in enumerate(unets):
-                        error = models.denoising_error(unet, scheduler, x_t, x0, noise, t, condition)
-                        errors[u, p, c, d] = error.item()
-        found["plain"] = errors
+    def plain(self) -> torch.Tensor:
+        """The same, one forward for each number."""
+        s = self.s
+        errors = torch.empty(2, len(self.comparisons), s.candidates, s.draws)
+        for p, comparison in enumerate(self.comparisons):
+            condition = self.encoder([comparison.prompt])
+            for n, image in enumerate(comparison.images):
+                x_0 = models.stack_latents([image])[0].to(self.device)
+                timesteps, noises = self.stage.reward_draws(s, comparison.key, x_0.shape[1:])
+                for d in range(s.draws):
+                    t, noise = timesteps[d:d + 1].to(self.device), noises[d:d + 1].to(self.device)
+                    for u, unet in enumerate(self.unets):
+                        error = diffusion.denoising_error(unet, self.schedule, x_0, t, noise,
+                                                          condition)
+                        errors[u, p, n, d] = error.item()
+        return errors
 
-    times, count = alternate(ours, plain, rounds, device), len(groups) * n
-    apart = (found["ours"] / found["plain"] - 1).abs().max()
-    print(f"ranking   {count} candidates of {len(groups)} prompts, {s.draws} draws, model and anchor; errors agree to "
-          f"{apart:.1e}")
-    work = 2 * count * s.draws * probe.flops(shape, "unet", s.resolution)
-    tell("ranking", "candidates", count, (work, work), times, ceiling)
+
+def make_latents(comparisons: list, side: int) -> None:
+    """Random latents of all candidates."""
+    rng = generator("bench")
+    for comparison in comparisons:
+        for image in comparison.images:
+            latent = torch.randn((4, side, side), generator=rng)
+            save_latent({"mean": latent}, image)
+
+
+def bench_ranking(bench: Bench) -> None:
+    s = bench.s
+    sides = Ranking(bench)
+    times = alternate(sides.ours, sides.plain, bench)
+
+    count = len(sides.comparisons) * s.candidates
+    apart = (sides.ours() / sides.plain() - 1).abs().max()
+    print(f"ranking   {count} candidates of {len(sides.comparisons)} prompts, {s.draws} draws, "
+          f"model and anchor; errors agree to {apart:.1e}")
+
+    flop = 2 * count * s.draws * bench.flops("unet")
+    tell("ranking", "candidates", count, (flop, flop), times, bench.ceiling)
+
+
+# ---- the command ----
+
+BENCHES = {"training": bench_training, "sampling": bench_sampling, "ranking": bench_ranking}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=tuple(BENCHES))
+    parser.add_argument("--preset", choices=tuple(PIPELINES), default="sd15")
+    parser.add_argument("--full", action="store_true",
+                        help="the model's own sizes, for a CUDA device")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0,
+                        help="CPU threads; 0 leaves torch's default")
+    parser.add_argument("--compile", choices=("off", "on"), default="off",
+                        help="of ours in sampling and ranking")
+    return parser
+
+
+def describe(s: Settings, divide: int) -> str:
+    """Where and with what the numbers are made, in one line."""
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    if models.device_of(s).type == "cuda":
+        machine = torch.cuda.get_device_name()
+    dtype = str(models.dtype_of(s)).removeprefix("torch.")
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers"))
+    return (f"{date.today()}, {machine}, {dtype}; {packages}; {s.preset}, widths / {divide}, "
+            f"{s.resolution} px")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("training", "sampling", "ranking"))
-    parser.add_argument("--preset", choices=tuple(PIPELINES), default="sd15")
-    parser.add_argument("--full", action="store_true", help="the model's own sizes, for a CUDA device")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's default")
-    parser.add_argument("--compile", choices=("off", "on"), default="off", help="of ours in sampling and ranking")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    options = build_parser().parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    divide = SMALLER
+    if options.full:
+        divide = 1
+
     with tempfile.TemporaryDirectory() as folder:
-        divide = 1 if args.full else SMALLER
-        shape = make_pipeline(Path(folder) / "model", args.preset, divide)
-        s = replace(settings_of(Path(folder), args.preset, args.full), compile=args.compile)
-        device = models.device_of(s)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-        print(f"{date.today()}, {name}, {str(models.dtype_of(s))[6:]}; "
-              + ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "transformers"))
-              + f"; {args.preset}, widths / {divide}, {s.resolution} px", flush=True)
-        {"training": training, "sampling": sampling, "ranking": ranking}[args.what](
-            s, shape, args.rounds, probe.matmul_rate(device, models.dtype_of(s)))
+        folder = Path(folder)
+        architecture = make_pipeline(folder / "model", options.preset, divide)
+        s = settings_of(folder, options.preset, options.full, options.compile)
+        print(describe(s, divide), flush=True)
+        ceiling = matmul_rate(models.device_of(s), models.dtype_of(s))
+        BENCHES[options.what](Bench(s, architecture, options.rounds, ceiling))
 
 
 if __name__ == "__main__":

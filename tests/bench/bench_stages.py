@@ -1,49 +1,66 @@
-"""What each stage of a finished run took, beside its floor: the UNet arithmetic alone, at the best batch measured here.
+"""What each stage of a finished run took, beside its floor: the UNet arithmetic alone, at the best
+batch measured here.
 
     python -m tests.bench.bench_stages runs/tiny
 
-A training step counts 4 forwards of its batch (policy and reference, winners and losers) and the policy's backward as
-2 more of its 2. Nothing else is in the floor: no text encoder, VAE, oracle, files, nor the start of a Python process.
+A training step counts 4 forwards of its batch (policy and reference, winners and losers) and the
+policy's backward as 2 more of its 2. Nothing else is in the floor: no text encoder, VAE, oracle,
+files, nor the start of a Python process.
 """
 
+import functools
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from lib import models, report, settings
+from lib import diffusion, models, settings
+from lib.eval.table import cost
+from lib.plan.architecture import architecture_of, random_inputs
+from lib.plan.probe import seconds_of
+
+BATCHES = (32, 64, 128, 256, 512)
+REPEATS = 3
 
 
-def forward_seconds(unet, channels: int, tokens: tuple[int, int], batch: int, repeats: int = 3) -> float:
-    """Best time of one image's forward within a batch."""
-    latents, embeds = torch.randn(batch, channels, 8, 8), torch.randn(batch, *tokens)
+@torch.no_grad()
+def best_forward(s: settings.Settings) -> tuple[float, int]:
+    """Seconds of a latent's forward at the best of BATCHES, and which that is."""
+    unet, device = models.load_unet(s, models.BASE), models.device_of(s)
+    architecture = architecture_of(s)
+    side = s.resolution // architecture.factor
+
     times = []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            models.predict(unet, latents, torch.full((batch,), 500), {"embeds": embeds})
-            times.append(time.perf_counter() - started)
-    return min(times[1:]) / batch
+    for batch in BATCHES:
+        given = random_inputs(unet, architecture.tokens, side, batch, device)
+        forward = functools.partial(diffusion.predict, unet, *given)
+        forward()                                           # a first call is not measured
+        seconds = min(seconds_of(forward, device) for _ in range(REPEATS))
+        times.append((seconds / batch, batch))
+    return min(times)
+
+
+def stages_beside_floor(run: Path, seconds_of_forward: float) -> pd.DataFrame:
+    """The run's ledger with each stage's floor and its share of the seconds, and a row for all."""
+    table = cost(run)
+
+    # Of the 4 forwards of a pair 2 have a backward, which costs 4 more.
+    times = table.stage.map({"04_train_dpo": 2}).fillna(1)
+    table["floor"] = table.unet_forwards * times * seconds_of_forward
+
+    total = table[["seconds", "unet_forwards", "floor"]].sum().to_dict()
+    table = pd.concat([table, pd.DataFrame([{"stage": "all", **total}])])
+    table["share"] = table.floor / table.seconds
+    return table[["stage", "iter", "seconds", "unet_forwards", "floor", "share"]]
 
 
 def main(run: Path) -> None:
     s, _ = settings.load(["--run", str(run)], "")
-    unet = models.load_unet(s, -1)
-    best = min((forward_seconds(unet, unet.config.in_channels, (12, 64), batch), batch)
-               for batch in (32, 64, 128, 256, 512))
-    cost = report.cost(run)
-    training = cost.stage == "04_train_dpo"
-    forwards = cost.unet_forwards * training.map({True: 2, False: 1})          # 4 forwards + a backward worth 4
-    cost["floor"] = forwards * best[0]
-    cost["share"] = cost.floor / cost.seconds
+    seconds, batch = best_forward(s)
     print(f"{settings.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
-          f"{best[0] * 1e3:.2f} ms per UNet forward at batch {best[1]}")
-    columns = ["stage", "iter", "seconds", "unet_forwards", "floor", "share"]
-    whole = cost[["seconds", "unet_forwards", "floor"]].sum().to_dict()
-    whole |= {"stage": "all", "share": whole["floor"] / whole["seconds"]}
-    print(pd.concat([cost[columns], pd.DataFrame([whole])]).round(2).to_string(index=False))
+          f"{seconds * 1e3:.2f} ms per UNet forward at batch {batch}")
+    print(stages_beside_floor(run, seconds).round(2).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Human pairs and prompts from outside: formats, folders of shards, the hub."""

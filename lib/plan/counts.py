@@ -1,0 +1,134 @@
+"""What the ledger of a run will say, from its settings alone.
+
+The counts of images, UNet forwards and optimizer steps are exact: tests/test_plan.py holds them
+against a real run's ledger. Pictures that the VAE encodes and decodes are counted too, which the
+ledger does not do. How long all this takes is lib/plan/probe.py's question.
+"""
+
+import pandas as pd
+
+from lib.data import prompts
+from lib.plan.stages import load_stage
+from lib.settings import Settings, round_prompts
+
+COUNTS = ["images", "unet_forwards", "optimizer_steps", "encodes", "decodes"]
+
+
+def counts(s: Settings) -> pd.DataFrame:
+    """A table with a row per stage and round: `stage`, `iter`, and the numbers of COUNTS.
+
+    `iter` is missing for stages 01 and 05, which have no round.
+    """
+    rows = [count_seed(s)]
+    if not s.start:
+        rows.append(count_training(s, 0, s.seed_pairs))
+
+    for k in range(1, s.iters + 1):
+        self_pairs = 0
+        if s.alpha > 0:
+            self_pairs = round_prompts(s, k)
+            rows.append(count_candidates(s, k))
+            rows.append(count_ranking(s, k))
+        rows.append(count_training(s, k, self_pairs))
+
+    rows.append(count_evaluation(s))
+
+    table = pd.DataFrame(rows, columns=["stage", "iter", *COUNTS])
+    table[COUNTS] = table[COUNTS].fillna(0).astype("int64")
+    return table.astype({"iter": "Int64"})
+
+
+# ---- stage by stage ----
+
+def count_seed(s: Settings) -> dict:
+    """Stage 01: the embedded world paints its human pairs, all others are encoded."""
+    images = 2 * (s.seed_pairs + s.holdout_pairs)
+    if s.pairs == "world":
+        return {"stage": "01_seed", **count_painting(s, images)}
+    return {"stage": "01_seed", "images": images, "encodes": images}
+
+
+def count_candidates(s: Settings, k: int) -> dict:
+    """Stage 02 of round K."""
+    images = round_prompts(s, k) * s.candidates
+    return {"stage": "02_generate", "iter": k, **count_painting(s, images)}
+
+
+def count_ranking(s: Settings, k: int) -> dict:
+    """Stage 03 of round K: model and anchor see every draw of every picture."""
+    row = {"stage": "03_rank", "iter": k}
+    if s.reward != "implicit":
+        return row
+
+    candidates = round_prompts(s, k) * s.candidates * s.draws
+    held_out = 2 * s.holdout_pairs * s.draws
+
+    # On the held-out pairs an anchor's errors stay what they were a round ago.
+    rank = load_stage("03")
+    models = 2
+    if k > 1 and rank.anchor_of(s, k) == rank.anchor_of(s, k - 1):
+        models = 1
+    row["unet_forwards"] = 2 * candidates + models * held_out
+    return row
+
+
+def count_training(s: Settings, k: int, new_pairs: int) -> dict:
+    """Stage 04 of round K, with `new_pairs` that no earlier training saw.
+
+    Where pairs are mirrored, the mirror images of the new ones are still to be encoded.
+    """
+    steps = load_stage("04").steps_of(s, k, s.seed_pairs, new_pairs)
+    row = {"stage": "04_train_dpo", "iter": k, "optimizer_steps": steps}
+    row["unet_forwards"] = steps * s.batch * forwards_of_pair(s)
+    if s.flip:
+        row["encodes"] = 2 * new_pairs
+    return row
+
+
+def count_evaluation(s: Settings) -> dict:
+    """Stage 05: the base, Iter0 and the model of every round paint the same prompts."""
+    models = s.iters + 2
+    images = models * eval_prompts(s) * s.eval_seeds
+    return {"stage": "05_eval", **count_painting(s, images)}
+
+
+# ---- what stages have in common ----
+
+def count_painting(s: Settings, images: int) -> dict:
+    """Pictures from noise; guidance asks the UNet twice a step, with the prompt and without."""
+    forwards_a_step = 1
+    if s.cfg_scale != 1:
+        forwards_a_step = 2
+    forwards = images * s.sample_steps * forwards_a_step
+    return {"images": images, "unet_forwards": forwards, "decodes": images}
+
+
+def forwards_of_pair(s: Settings) -> int:
+    """UNet forwards of a training pair as the ledger counts them.
+
+    They are two pictures, by the policy and, where the loss has one, by the reference.
+    """
+    if s.loss == "dpo":
+        return 4
+    return 2
+
+
+def eval_prompts(s: Settings) -> int:
+    """The evaluation prompts of all benchmarks together.
+
+    A benchmark that would have to be fetched counts as many prompts as it was published with.
+    """
+    total = 0
+    for name in s.eval_prompts.split(","):
+        name = name.strip()
+        if name in prompts.PUBLISHED:
+            published = prompts.PUBLISHED[name]
+            total += min(s.eval_count or published, published)
+        elif name:
+            table = prompts.evaluation_prompts(name, s.eval_count, s.pairs, say_nothing)
+            total += table.prompt.nunique()
+    return total
+
+
+def say_nothing(message: str) -> None:
+    """Reading a benchmark's prompts says how many there are; a plan's table has no room for it."""

@@ -1,0 +1,400 @@
+"""What the runs say: for each question a table and a figure, with intervals over run seeds.
+
+The numbers come from the runs' own evaluations. A gain is always against another model of the same
+run seed on the same prompts and noise, so what run seeds have in common cancels.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib.eval.table import markdown
+from lib.plan.counts import counts
+from lib.run import atomic, read_table, write_text
+from lib.study.questions import ARMS, Question, method_of
+from lib.study.runner import Job, folder_of, saved_settings
+
+SCORES = ["alignment", "aesthetics", "utility"]
+
+# The 97.5% quantile of Student's t, by degrees of freedom; from 10 on it is taken as 2.
+T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+# What an arm's settings may be drawn against, and in words.
+AXES = {
+    "pairs": "human pairs",
+    "label_noise": "label noise (temperature, in units of utility)",
+    "alpha": "alpha, the share of self-made pairs",
+}
+
+
+# ---- from run folders to two tables ----
+
+def collect(out: Path, jobs: Iterable[Job]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The scores and the facts of finished runs.
+
+    scores has a row per prompt and model: arm, seed, model, prompt_id, alignment, aesthetics,
+    utility. facts has a row per round: arm, seed, model; the run's human pairs, alpha and
+    label_noise; accuracy and diversity of the model as a judge of its candidates; and forwards, the
+    UNet forwards up to that model, evaluation left out, which the arm alone would take.
+    """
+    scores, facts = [], []
+    for job in jobs:
+        # An evaluation may have several pictures of a prompt.
+        folder = folder_of(out, job.arm, job.seed)
+        columns = ("model", "prompt_id", *SCORES)
+        table = read_table(folder / "eval" / "scores.parquet", columns, "05_eval.py")
+        means = table.groupby(["model", "prompt_id"], sort=False)[SCORES].mean().reset_index()
+        scores.append(means.assign(arm=job.arm, seed=job.seed))
+        facts += facts_of_run(folder, job)
+    return pd.concat(scores, ignore_index=True), pd.DataFrame(facts)
+
+
+def facts_of_run(folder: Path, job: Job) -> list[dict]:
+    """The rows of a run in the table of facts."""
+    s = saved_settings(folder)
+    cost = counts(s)
+    cost = cost[cost.stage != "05_eval"]
+    round_of = cost.iter.fillna(0)
+
+    rows = []
+    for k in range(ARMS[job.arm].rounds + 1):
+        # The judge of round k + 1 is model k.
+        judge = {}
+        path = folder / f"iter{k + 1}" / "judge.json"
+        if path.exists():
+            judge = json.loads(path.read_text())
+        rows.append({
+            "arm": job.arm,
+            "seed": job.seed,
+            "model": f"Iter{k}",
+            "pairs": s.seed_pairs,
+            "alpha": s.alpha,
+            "label_noise": s.label_noise,
+            "forwards": int(cost[round_of <= k].unet_forwards.sum()),
+            "accuracy": judge.get("accuracy"),
+            "diversity": judge.get("diversity"),
+        })
+    return rows
+
+
+@dataclass(frozen=True)
+class Results:
+    """The scores and facts of a question's arms and run seeds."""
+
+    scores: pd.DataFrame
+    facts: pd.DataFrame
+    arms: list[str]
+    seeds: range
+
+    def values(self, arm: str, model: str, score: str) -> np.ndarray:
+        """A score of one model of an arm: (seeds, prompts)."""
+        part = self.scores[(self.scores.arm == arm) & (self.scores.model == model)]
+        part = part[part.seed.isin(self.seeds)]
+        return part.pivot(index="seed", columns="prompt_id", values=score).to_numpy()
+
+    def gains(self, arm: str, model: str, score: str) -> np.ndarray:
+        """What the model gains over the base: (seeds, prompts)."""
+        return self.values(arm, model, score) - self.values(arm, "base", score)
+
+    def models(self, arm: str) -> list[str]:
+        """The models of an arm, in the order of its evaluation."""
+        return list(dict.fromkeys(self.scores[self.scores.arm == arm].model))
+
+    def facts_of(self, arm: str) -> pd.DataFrame:
+        """The facts of an arm, of all rounds and run seeds."""
+        return self.facts[(self.facts.arm == arm) & self.facts.seed.isin(self.seeds)]
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean, and low and high end of its 95% interval, of (seeds, prompts).
+
+    Seeds and prompts are few and many draws of two populations: the variance of the mean is that of
+    the seeds' means over their number, plus that of the prompts' means over theirs. The quantile is
+    Student's over the seeds. Of a single seed, or of numbers without prompts (seeds, 1), only the
+    other part is known.
+    """
+    # The two parts of the variance of the mean.
+    seeds, prompts = values.shape
+    variance = 0.0
+    if prompts > 1:
+        variance += values.mean(0).var(ddof=1) / prompts
+    quantile = 1.96
+    if seeds > 1:
+        variance += values.mean(1).var(ddof=1) / seeds
+        quantile = T975.get(seeds - 1, 2.0)
+
+    half = quantile * math.sqrt(variance)
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+# ---- the table of a question ----
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a question's table: a model of an arm, under a name."""
+
+    name: str
+    arm: str
+    model: str
+
+
+def is_round(model: str) -> bool:
+    """Whether a model is a step of its run: the base, Iter0, Iter1, ..."""
+    return model == "base" or (model.startswith("Iter") and model[4:].isdigit())
+
+
+def rows_of(results: Results) -> list[Row]:
+    """Base and Iter0 of the first arm, then each arm's last model and its further rows."""
+    first = results.arms[0]
+    rows = []
+    for model in ("base", "Iter0"):
+        if model in results.models(first):
+            rows.append(Row(model, first, model))
+
+    # The last model is the arm's answer; further rows, the controls say, keep their own names.
+    for arm in results.arms:
+        rounds, others = [], []
+        for model in results.models(arm):
+            if is_round(model):
+                rounds.append(model)
+            else:
+                others.append(Row(model, arm, model))
+        rows.append(Row(arm, arm, rounds[-1]))
+        rows += others
+    return rows
+
+
+def table_of(results: Results) -> pd.DataFrame:
+    """One line per row: means, gains in utility over the base and over the first arm, and costs."""
+    rows = rows_of(results)
+    first_arm = results.arms[0]
+    first_row = next(row for row in rows if row.name == first_arm)
+
+    # Where a row has no such number its cell stays empty.
+    lines = []
+    for row in rows:
+        line = {"row": row.name, "seeds": len(results.seeds)}
+        for score in SCORES:
+            line[score] = results.values(row.arm, row.model, score).mean()
+        line |= gain_columns(results, row, "over base", Row("base", row.arm, "base"))
+        line |= gain_columns(results, row, f"over {first_arm}", first_row)
+        line |= fact_columns(results, row)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def gain_columns(results: Results, row: Row, title: str, other: Row) -> dict:
+    """The gain in utility over another row, with its interval and seed by seed.
+
+    There is none over itself, and none of the base.
+    """
+    if row.name == "base" or (row.arm, row.model) == (other.arm, other.model):
+        return {}
+    gains = (results.values(row.arm, row.model, "utility")
+             - results.values(other.arm, other.model, "utility"))
+    mean, low, high = interval(gains)
+    by_seed = " ".join(f"{gain:+.3f}" for gain in gains.mean(1))
+    return {title: mean, f"{title} low": low, f"{title} high": high, f"{title}, by seed": by_seed}
+
+
+def fact_columns(results: Results, row: Row) -> dict:
+    """What a row cost, and how its arm judged."""
+    # The judge is the arm's, so it stands in one of its rows alone.
+    facts = results.facts_of(row.arm)
+    pairs = facts.pairs.max()
+    if row.name == "base":
+        pairs = 0
+    accuracy = np.nan
+    if row.name == row.arm:
+        accuracy = facts.accuracy.mean()
+    forwards = facts[facts.model == row.model].forwards.mean()
+    return {"human pairs": pairs, "UNet forwards": forwards, "judge accuracy": accuracy}
+
+
+def readable(table: pd.DataFrame, first_arm: str) -> str:
+    """The table as people read it, in Markdown."""
+    rows = []
+    for line in table.to_dict("records"):
+        rows.append({
+            "row": line["row"],
+            "human pairs": number(line["human pairs"], "{:.0f}"),
+            "UNet forwards": number(line["UNet forwards"] / 1e3, "{:.0f}k"),
+            "alignment": f"{line['alignment']:.3f}",
+            "aesthetics": f"{line['aesthetics']:.3f}",
+            "utility": f"{line['utility']:.3f}",
+            "utility over base": gain(line, "over base"),
+            f"over {first_arm}": gain(line, f"over {first_arm}"),
+            "judge": number(line["judge accuracy"], "{:.2f}"),
+        })
+    return markdown(pd.DataFrame(rows))
+
+
+def number(value: float, form: str) -> str:
+    """A number in words; empty where it is missing."""
+    if pd.isna(value):
+        return ""
+    return form.format(value)
+
+
+def gain(line: dict, title: str) -> str:
+    """A gain with its interval; empty where there is none."""
+    if pd.isna(line.get(title)):
+        return ""
+    low, high = line[f"{title} low"], line[f"{title} high"]
+    return f"{line[title]:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+# ---- an answer ----
+
+def answer(out: Path, name: str, question: Question, results: Results,
+           notes: Iterable[str] = ()) -> None:
+    """Write a question's table, NAME.md and NAME.csv, and figure, NAME.png; print the table.
+
+    The notes stand below the table.
+    """
+    # For programs, then for people.
+    table = table_of(results)
+    write_text(table.to_csv(index=False, float_format="%.5g"), out / f"{name}.csv")
+    seeds = len(results.seeds)
+    text = f"{question.title}; {seeds} run seeds\n\n{readable(table, results.arms[0])}"
+    for note in notes:
+        text += f"\n- {note}"
+    write_text(text, out / f"{name}.md")
+    print(text)
+
+    if question.over == "rounds":
+        figure = draw_over_rounds(results)
+    elif question.over:
+        figure = draw_over_setting(results, question.over)
+    else:
+        figure = draw_side_by_side(table)
+    figure.suptitle(f"{question.title} ({seeds} run seeds, 95% intervals)", fontsize=10)
+    save_figure(figure, out / f"{name}.png")
+
+
+def new_figure(columns: int, size: tuple[float, float], **options):
+    """A figure and its axes, a row of them; nothing is shown on a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, columns, figsize=size, **options)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure as PNG, and close it."""
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def draw_side_by_side(table: pd.DataFrame):
+    """Left: every row's gain over the base with its interval, a tick per run seed.
+
+    Right: the same gains against what they cost.
+    """
+    rows = table[table["over base"].notna()].to_dict("records")
+    height = 0.35 * len(rows) + 1.4
+    figure, (left, right) = new_figure(2, (10, height), width_ratios=(1.4, 1))
+
+    for i, row in enumerate(rows):
+        color = f"C{i % 10}"
+        mean = row["over base"]
+        reach = [[mean - row["over base low"]], [row["over base high"] - mean]]
+        left.errorbar(mean, -i, xerr=reach, fmt="o", color=color, capsize=3, markersize=5)
+        by_seed = [float(value) for value in row["over base, by seed"].split()]
+        left.plot(by_seed, [-i - 0.22] * len(by_seed), "|", color=color, markersize=5)
+
+        # The controls have no cost of their own.
+        if not pd.isna(row["UNet forwards"]):
+            place = (row["UNet forwards"] / 1e3, mean)
+            right.plot(*place, "o", color=color)
+            right.annotate(row["row"], place, fontsize=6, xytext=(3, 3),
+                           textcoords="offset points")
+
+    left.set_yticks([-i for i in range(len(rows))], [row["row"] for row in rows], fontsize=8)
+    left.axvline(0, color="gray", lw=0.8)
+    left.set_xlabel("utility: gain over base")
+    right.set_xlabel("UNet forwards, thousands")
+    right.set_ylabel("utility: gain over base")
+    right.margins(x=0.25)  # room for the names
+    return figure
+
+
+def draw_over_setting(results: Results, setting: str):
+    """Gains in utility and alignment against a setting, one of AXES; a line per method."""
+    figure, axes = new_figure(2, (9, 3.8))
+    lines = lines_over(results, setting)
+    for axis, score in zip(axes, ("utility", "alignment")):
+        for i, (method, points) in enumerate(lines.items()):
+            # Lines lie side by side, so that their intervals can be told apart.
+            draw_line(axis, points[score], 5 * (i - (len(lines) - 1) / 2), f"C{i}", method)
+        if setting == "pairs":
+            axis.set_xscale("log", base=2)
+        axis.set_xlabel(AXES[setting])
+        axis.set_ylabel(f"{score}: gain over base")
+        axis.axhline(0, color="gray", lw=0.8)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def lines_over(results: Results, setting: str) -> dict[str, dict[str, list]]:
+    """For each method and score the points (setting, mean gain, low, high) of its arms."""
+    lines = {}
+    for arm in results.arms:
+        last = [model for model in results.models(arm) if is_round(model)][-1]
+        points = lines.setdefault(method_of(arm), {"utility": [], "alignment": []})
+        x = results.facts_of(arm)[setting].max()
+        for score in points:
+            points[score].append((x, *interval(results.gains(arm, last, score))))
+    return lines
+
+
+def draw_line(axis, points: list[tuple], shift: float, color: str, label: str) -> None:
+    """Points (x, y, low, high) with their intervals, drawn `shift` points to the right."""
+    from matplotlib.transforms import offset_copy
+
+    x, y, low, high = np.array(sorted(points)).T
+
+    # The limits of an axis do not count what is shifted: an invisible line sets them.
+    axis.plot([*x, *x], [*low, *high], alpha=0)
+    shifted = offset_copy(axis.transData, axis.figure, shift, 0, "points")
+    axis.errorbar(x, y, [y - low, high - y], fmt="o-", capsize=3, color=color, label=label,
+                  transform=shifted)
+
+
+def draw_over_rounds(results: Results):
+    """By round: gains in utility and alignment, the judge's accuracy, and diversity."""
+    figure, axes = new_figure(4, (14, 3.4))
+    for i, arm in enumerate(results.arms):
+        color = f"C{i}"
+        rounds = [m for m in results.models(arm) if is_round(m) and m != "base"]
+        for axis, score in zip(axes[:2], ("utility", "alignment")):
+            gains = [interval(results.gains(arm, model, score)) for model in rounds]
+            y, low, high = np.array(gains).T
+            axis.fill_between(rounds, low, high, alpha=0.12, color=color, linewidth=0)
+            axis.plot(rounds, y, "o-", color=color, markersize=4, label=arm)
+            axis.set_title(f"{score}: gain over base", fontsize=9)
+
+        # Every round but the last has a judge: it is the next round's.
+        facts = results.facts[(results.facts.arm == arm) & results.facts.accuracy.notna()]
+        judge = facts.groupby("model")[["accuracy", "diversity"]].mean()
+        for axis, column in zip(axes[2:], judge.columns):
+            axis.plot(judge.index, judge[column], "o-", color=color, markersize=4)
+
+    axes[2].set_title("self-judge on held-out human pairs", fontsize=9)
+    axes[3].set_title("diversity", fontsize=9)
+    axes[0].legend(fontsize=7)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure

@@ -1,0 +1,197 @@
+"""What does the self-judge know, and at which timesteps? From what stage 03 wrote of its draws.
+
+Two things are measured for several ways to use a reward's draws. How often does the judge prefer
+what people preferred, on held-out pairs? And how far apart in true utility are the best and the
+worst candidate that it picks? The second looks at the oracle, as an evaluation may. The runs are
+finished ones of the arm SAIL, one a run seed; nothing is asked of a model again.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from lib.eval.table import markdown
+from lib.plan.stages import load_stage
+from lib.rivals.balanced import balance
+from lib.run import CANDIDATE_COLUMNS, DRAW_COLUMNS, read_table, write_text
+from lib.sheets import read_pictures
+from lib.study.answers import interval, new_figure, save_figure
+from lib.world import people
+
+# Ways to use the draws of a reward.
+ALL, LOW, HIGH, BALANCED = "all (the paper's)", "t below 500", "t above 500", "balanced"
+CHOICES = (ALL, LOW, HIGH, BALANCED)
+
+# Timesteps, of which there are 1000, in tenths.
+TENTHS = range(0, 1000, 100)
+
+
+# ---- reading ----
+
+@dataclass(frozen=True)
+class Round:
+    """The judge of a round at work; its draws are stage 03's Draws."""
+
+    held_out: tuple             # on held-out pairs, the preferred picture first
+    candidates: tuple           # on the round's candidates, (P, N)
+    utility: torch.Tensor       # (P, N), what the oracle sees in the candidates
+
+
+def read_round(run: Path, k: int) -> Round:
+    """Round k of a run that has kept its candidates' pictures."""
+    folder = run / f"iter{k}"
+    table = read_table(folder / "rewards.parquet", CANDIDATE_COLUMNS, "03_rank.py")
+    pictures = read_pictures(run, table.image)
+    utility = people.score(table.prompt.tolist(), pictures)["utility"]
+
+    N = table.candidate.nunique()
+    held_out = read_draws(folder / "holdout_draws.parquet", 2)
+    candidates = read_draws(folder / "draws.parquet", N)
+    return Round(held_out, candidates, utility.reshape(-1, N))
+
+
+def read_draws(path: Path, N: int) -> tuple:
+    """A table of draws as the Draws that stage 03 wrote, of comparisons of N pictures."""
+    table = read_table(path, DRAW_COLUMNS, "03_rank.py")
+    columns = {}
+    for name in ("t", "error", "anchor_error", "reward"):
+        values = torch.tensor(table[name].to_numpy())
+        columns[name] = values.reshape(-1, N, table.draw.nunique())
+
+    # The pictures of a comparison share their timesteps.
+    columns["t"] = columns["t"][:, 0]
+    return load_stage("03").Draws(**columns)
+
+
+# ---- measuring ----
+
+def weights_of(choice: str, draws) -> torch.Tensor:
+    """The weight of each draw in the mean over draws: (P, D)."""
+    if choice == LOW:
+        return in_range(draws, 0, 500)
+    if choice == HIGH:
+        return in_range(draws, 500, 1000)
+    if choice == BALANCED:
+        return balance(draws.anchor_error).squeeze(1)
+    return torch.ones(draws.t.shape)
+
+
+def in_range(draws, low: int, high: int) -> torch.Tensor:
+    """Weight 1 for the draws with low <= t < high, 0 for all others: (P, D)."""
+    return ((draws.t >= low) & (draws.t < high)).float()
+
+
+def mean_rewards(draws, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean rewards (M, N) of the M comparisons that have a draw of weight; and which (P,) have."""
+    has_draws = weights.sum(1) > 0
+    weights = weights[has_draws][:, None]                                       # (M, 1, D)
+    return (draws.reward[has_draws] * weights).sum(2) / weights.sum(2), has_draws
+
+
+def agreement(held_out, weights: torch.Tensor) -> float:
+    """How often the judge prefers what people preferred; nan where no pair has a draw."""
+    rewards, _ = mean_rewards(held_out, weights)
+    if len(rewards) == 0:
+        return math.nan
+    accuracy, _, _ = load_stage("03").agreement(rewards)
+    return accuracy
+
+
+def gap(candidates, weights: torch.Tensor, utility: torch.Tensor) -> float:
+    """True utility of the best candidate less that of the worst, as the judge ranks them."""
+    rewards, has_draws = mean_rewards(candidates, weights)
+    utility = utility[has_draws]
+    best, worst = load_stage("03").best_and_worst(rewards)
+    prompts = torch.arange(len(utility))
+    return (utility[prompts, best] - utility[prompts, worst]).mean().item()
+
+
+def measure(judged: Round) -> pd.DataFrame:
+    """One run: for each choice of draws `accuracy` and `gap`; and the gap there is in truth."""
+    lines = []
+    for choice in CHOICES:
+        accuracy = agreement(judged.held_out, weights_of(choice, judged.held_out))
+        apart = gap(judged.candidates, weights_of(choice, judged.candidates), judged.utility)
+        lines.append({"draws": choice, "accuracy": accuracy, "gap": apart})
+
+    truth = judged.utility.amax(1) - judged.utility.amin(1)
+    lines.append({"draws": "best and worst in truth", "gap": truth.mean().item()})
+    return pd.DataFrame(lines)
+
+
+def measure_tenths(held_out) -> pd.DataFrame:
+    """One run, by tenth of t: agreement by the draws in it, and the spread of what one draw says.
+
+    What a draw says is the error that the model saves against the anchor.
+    """
+    saved = held_out.anchor_error - held_out.error                              # (P, 2, D)
+    lines = []
+    for low in TENTHS:
+        weights = in_range(held_out, low, low + 100)
+        chosen = weights.bool()[:, None].expand_as(saved)
+        spread = pd.Series(saved[chosen].numpy()).std()
+        lines.append({"t": low + 50, "accuracy": agreement(held_out, weights), "spread": spread})
+    return pd.DataFrame(lines)
+
+
+# ---- the answer ----
+
+def answer(out: Path, title: str, runs: list[Path], k: int = 1) -> None:
+    """Write judge.md, judge.csv and judge.png of round k's judge, over runs; print the table."""
+    choices, tenths = [], []
+    for run in runs:
+        judged = read_round(run, k)
+        choices.append(measure(judged).assign(run=run.name))
+        tenths.append(measure_tenths(judged.held_out).assign(run=run.name))
+    choices, tenths = pd.concat(choices), pd.concat(tenths)
+
+    text = f"{title}; {len(runs)} run seeds\n\n{readable(choices)}"
+    write_text(text, out / "judge.md")
+    write_text(choices.to_csv(index=False, float_format="%.5g"), out / "judge.csv")
+    print(text)
+    save_figure(draw(tenths), out / "judge.png")
+
+
+def readable(table: pd.DataFrame) -> str:
+    """The table as people read it, in Markdown: intervals over run seeds."""
+    accuracy = table.pivot(index="draws", columns="run", values="accuracy")
+    gaps = table.pivot(index="draws", columns="run", values="gap")
+    rows = []
+    for choice in table.draws.unique():
+        over = accuracy.loc[choice] - accuracy.loc[ALL]
+        rows.append({"draws of the reward": choice,
+                     "agrees with people": cell(accuracy.loc[choice]),
+                     "over the paper's": cell(over),
+                     "utility, best over worst": cell(gaps.loc[choice])})
+    return markdown(pd.DataFrame(rows))
+
+
+def cell(by_run: pd.Series) -> str:
+    """Mean and interval over run seeds; empty where a number is missing."""
+    if by_run.isna().any():
+        return ""
+    mean, low, high = interval(by_run.to_numpy()[:, None])
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def draw(tenths: pd.DataFrame):
+    """Where in t the judge knows something, and where it is loud."""
+    figure, (left, right) = new_figure(2, (9, 3.4))
+    draw_runs(left, tenths, "accuracy", "C0")
+    left.axhline(0.5, color="gray", lw=0.8)
+    left.set(xlabel="timestep (a pair's draws in each tenth)", ylabel="agrees with people")
+
+    draw_runs(right, tenths, "spread", "C3")
+    right.set(xlabel="timestep", ylabel="spread of the error saved by one draw", yscale="log")
+    return figure
+
+
+def draw_runs(axis, tenths: pd.DataFrame, column: str, color: str) -> None:
+    """A thin line for each run seed, and their mean."""
+    by_run = tenths.pivot(index="t", columns="run", values=column)
+    axis.plot(by_run.index, by_run.to_numpy(), color=color, lw=0.6, alpha=0.6)
+    axis.plot(by_run.index, by_run.mean(axis=1), "o-", color=color)
+    axis.grid(alpha=0.3)

@@ -1,0 +1,183 @@
+"""What the study asks, as data: the arms, the questions, and how the arms' settings are tuned.
+
+An arm is a run of the embedded world with some settings changed; a question compares arms over
+several run seeds. To ask something else, add a line to ARMS and name it in QUESTIONS. How arms are
+run is lib/study/runner.py's business.
+"""
+
+from dataclasses import dataclass
+
+# Prompts for six rounds are set aside in every run, though most arms take only ROUNDS.
+ROUNDS = 3
+COMMON = "--iters 6 --eval-seeds 1"
+
+# 16 times the human pairs, as the paper's 0.8M are of its 50K; and as many steps as the four
+# trainings of SAIL take together.
+FULL_DATA = "--seed-pairs 2048 --iter0-steps 220"
+
+# Few pairs are gone through no more often than the preset's 128 are in its 100 steps.
+PAIRS_32 = "--seed-pairs 32 --iter0-steps 25"
+PAIRS_64 = "--seed-pairs 64 --iter0-steps 50"
+PAIRS_512 = "--seed-pairs 512 --iter0-steps 100"
+
+# Two models that cost no training: further along Iter0's own update, in the weights and as
+# guidance (lib/rivals/controls.py). They are rows of the arm "seed only", made from its Iter0.
+CONTROLS = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run the stages."""
+
+    settings: str = ""              # beside COMMON; {out} and {seed} stand for the study's folder
+                                    # and the run seed
+    rounds: int = ROUNDS            # after Iter0
+    method: str = ""                # the arm that this one varies: it takes its tuned settings,
+                                    # and is drawn on its line; empty: it is a method of its own
+    rows: tuple[str, ...] = ()      # further rows of its evaluation
+    every_round: bool = False       # evaluates the model of every round, not of the last alone
+    keeps_candidates: bool = False  # keeps pictures and latents of its candidates
+
+
+ARMS = {
+    # The rows of the paper's table. "Equal exposure" is to human pairs: of SAIL's 40 steps a round,
+    # three quarters are theirs.
+    "SAIL": Arm(keeps_candidates=True),
+    "seed only": Arm("--alpha 0", rows=CONTROLS),
+    "seed only, equal exposure": Arm("--alpha 0 --iter-steps 30", method="seed only"),
+    "DiffusionDPO": Arm(FULL_DATA, rounds=0),
+    "MaPO": Arm(f"{FULL_DATA} --loss mapo", rounds=0),
+    "online DPO": Arm("--reward world"),
+    "online DPO, aesthetics": Arm("--reward world-aesthetics", method="online DPO"),
+    "SAIL*": Arm("--start {out}/DiffusionDPO-{seed}/iter0/unet"),
+
+    # Which pair, the mixup, the settings of the reward. The anchor of round 1 stays the base: Iter0
+    # against itself says nothing.
+    "random pair": Arm("--select random"),
+    "no mixup": Arm("--alpha 1"),
+    "1 draw": Arm("--draws 1"),
+    "4 draws": Arm("--draws 4"),
+    "30 draws": Arm("--draws 30"),
+    "N = 4": Arm("--candidates 4"),
+    "N = 16": Arm("--candidates 16"),
+    "t below 500": Arm("--rank-t-max 500"),
+    "t above 500": Arm("--rank-t-min 500"),
+    "balanced": Arm("--reward-weights balanced"),
+    "anchor Iter0": Arm("--anchor iter0"),
+
+    # The share of self-made pairs, with three judges.
+    "SAIL, alpha 0.5": Arm("--alpha 0.5", method="SAIL"),
+    "SAIL, alpha 1": Arm("--alpha 1", method="SAIL"),
+    "balanced, alpha 0.5": Arm("--reward-weights balanced --alpha 0.5", method="balanced"),
+    "balanced, alpha 1": Arm("--reward-weights balanced --alpha 1", method="balanced"),
+    "online DPO, alpha 0.5": Arm("--reward world --alpha 0.5", method="online DPO"),
+    "online DPO, alpha 1": Arm("--reward world --alpha 1", method="online DPO"),
+
+    # The number of human pairs.
+    "SAIL, 32 pairs": Arm(PAIRS_32, method="SAIL"),
+    "SAIL, 64 pairs": Arm(PAIRS_64, method="SAIL"),
+    "SAIL, 512 pairs": Arm(PAIRS_512, method="SAIL"),
+    "seed only, 32 pairs": Arm(f"{PAIRS_32} --alpha 0", method="seed only"),
+    "seed only, 64 pairs": Arm(f"{PAIRS_64} --alpha 0", method="seed only"),
+    "seed only, 512 pairs": Arm(f"{PAIRS_512} --alpha 0", method="seed only"),
+
+    # Noise in the labels.
+    "SAIL, noise 0": Arm("--label-noise 0", method="SAIL"),
+    "SAIL, noise 0.4": Arm("--label-noise 0.4", method="SAIL"),
+    "SAIL, noise 1": Arm("--label-noise 1", method="SAIL"),
+    "seed only, noise 0": Arm("--label-noise 0 --alpha 0", method="seed only"),
+    "seed only, noise 0.4": Arm("--label-noise 0.4 --alpha 0", method="seed only"),
+    "seed only, noise 1": Arm("--label-noise 1 --alpha 0", method="seed only"),
+
+    # More rounds: these go on from the runs of three.
+    "SAIL, 6 rounds": Arm(rounds=6, method="SAIL", every_round=True),
+    "seed only, 6 rounds": Arm("--alpha 0", rounds=6, method="seed only", every_round=True),
+    "no mixup, 6 rounds": Arm("--alpha 1", rounds=6, method="no mixup", every_round=True),
+}
+
+
+def method_of(arm: str) -> str:
+    """The arm that this one varies, or itself."""
+    return ARMS[arm].method or arm
+
+
+# ---- the questions ----
+
+@dataclass(frozen=True)
+class Question:
+    """Arms side by side: the first is what the others are compared with."""
+
+    title: str
+    arms: tuple[str, ...]
+    seeds: int                  # run seeds: 0, 1, ...
+    over: str = ""              # what the figure shows gains against: "rounds", or what the arms of
+                                # a method vary, a column of facts; empty: all arms side by side
+
+
+QUESTIONS = {
+    "rivals": Question("The rows of the paper's table", seeds=5, arms=(
+        "SAIL", "seed only", "seed only, equal exposure", "DiffusionDPO", "MaPO", "online DPO",
+        "online DPO, aesthetics", "SAIL*")),
+    "pairs": Question("Which pair, and the mixup", seeds=5, arms=(
+        "SAIL", "random pair", "no mixup", "SAIL, alpha 0.5")),
+    "better": Question("Better than the paper's ranking", seeds=5, arms=(
+        "SAIL", "random pair", "balanced", "t above 500")),
+    "reward": Question("The reward's settings", seeds=3, arms=(
+        "SAIL", "1 draw", "4 draws", "30 draws", "N = 4", "N = 16", "t below 500", "t above 500",
+        "anchor Iter0")),
+    "alpha": Question("The share of self-made pairs that a judge is good for", seeds=5, arms=(
+        "SAIL", "SAIL, alpha 0.5", "SAIL, alpha 1",
+        "balanced", "balanced, alpha 0.5", "balanced, alpha 1",
+        "online DPO", "online DPO, alpha 0.5", "online DPO, alpha 1"), over="alpha"),
+    "size": Question("Utility against the number of human pairs", seeds=3, arms=(
+        "SAIL", "seed only", "DiffusionDPO", "SAIL, 32 pairs", "SAIL, 64 pairs", "SAIL, 512 pairs",
+        "seed only, 32 pairs", "seed only, 64 pairs", "seed only, 512 pairs"), over="pairs"),
+    "noise": Question("Utility against label noise", seeds=3, arms=(
+        "SAIL", "seed only", "SAIL, noise 0", "SAIL, noise 0.4", "SAIL, noise 1",
+        "seed only, noise 0", "seed only, noise 0.4", "seed only, noise 1"), over="label_noise"),
+    "rounds": Question("Six rounds", seeds=3, arms=(
+        "SAIL, 6 rounds", "seed only, 6 rounds", "no mixup, 6 rounds"), over="rounds"),
+    "judge": Question("What the judge of round 1 knows (lib/study/judge.py)", seeds=3, arms=(
+        "SAIL",)),
+}
+
+
+# ---- tuning: `study --tune` ----
+
+# Every arm of TUNE_ARMS is tried with every setting of GRID, on development prompts and a run seed
+# that is used for nothing else. The best in utility wins among those that lose no more alignment
+# than this against the base.
+TUNE_ARMS = ("SAIL", "seed only", "random pair", "no mixup", "online DPO", "DiffusionDPO", "MaPO")
+GRID = (
+    "--beta 2000 --lr 1e-5",
+    "--beta 1000 --lr 1e-5",
+    "--beta 500 --lr 1e-5",
+    "--beta 2000 --lr 2e-5",
+)
+TUNE_SEED = 100
+TUNE_PROMPTS = "--eval-prompts dev --eval-count 160"
+ALIGNMENT_LOSS = 0.01
+
+# The controls' gamma and w are tried on every Iter0 of "seed only".
+CONTROL_GRID = {
+    "extrapolated": (
+        "extrapolated x1.5=extrapolate:Iter0:1.5",
+        "extrapolated x2=extrapolate:Iter0:2",
+        "extrapolated x3=extrapolate:Iter0:3",
+        "extrapolated x4=extrapolate:Iter0:4",
+    ),
+    "guided": (
+        "guided 0.5=guide:Iter0:0.5",
+        "guided 1=guide:Iter0:1",
+        "guided 2=guide:Iter0:2",
+        "guided 3=guide:Iter0:3",
+    ),
+}
+
+# What was found better than the preset's beta and learning rate, which are SAIL's own, by method.
+# "no mixup" loses more alignment than allowed with all four: it has the one that loses least.
+TUNED = {
+    "seed only": "--beta 1000 --lr 1e-5",
+    "DiffusionDPO": "--beta 500 --lr 1e-5",
+    "no mixup": "--lr 1e-5",
+}

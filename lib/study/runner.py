@@ -1,0 +1,325 @@
+"""Runs the arms of the study: each is a run folder, made by the same stages as run_sail.sh's.
+
+Runs of one run seed share by hard links what they have in common: the human pairs, Iter0, the
+base's evaluation, the first candidates. Several processes work at once, each on its part of the
+processors; a process imports the stages once and runs arm after arm. A finished run is left alone,
+so the same command continues a stopped study.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lib.plan.stages import load_stage
+from lib.run import UserError, write_text
+from lib.settings import Settings, load
+from lib.study.questions import ARMS, COMMON, ROUNDS, TUNED, method_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the study."""
+
+    arm: str
+    seed: int
+    more: tuple[str, ...] = ()  # further settings, as given on the command line; they win
+    rows: tuple[str, ...] = ()  # further rows of the evaluation
+
+
+def folder_of(out: Path, arm: str, seed: int) -> Path:
+    """The run folder of an arm and a run seed."""
+    name = arm.replace("*", " start")
+    name = re.sub(r"[^\w.]", "-", name)
+    return out / f"{name}-{seed}"
+
+
+def settings_of(out: Path, job: Job) -> list[str]:
+    """The settings of a run as its first stage is given them; of two values the later one wins."""
+    arm = ARMS[job.arm].settings.format(out=out, seed=job.seed)
+    tuned = TUNED.get(method_of(job.arm), "")
+    run = ["--run", str(folder_of(out, job.arm, job.seed)), "--seed", str(job.seed)]
+    return [*run, *COMMON.split(), *arm.split(), *tuned.split(), *job.more]
+
+
+# ---- what two runs share ----
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a run: the settings that decide what it makes, and the files it leaves.
+
+    Two runs make the same of a step, bit for bit, if they agree in its settings and in those of
+    all steps before it. Paths are patterns within the run folder.
+    """
+
+    settings: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+# By these the world's captions are dealt out, and their pictures painted.
+CAPTIONS = ("seed", "holdout_pairs", "iter_prompts", "iters", "sampler", "sample_steps",
+            "cfg_scale", "model")
+HUMAN_PAIRS = Step(
+    settings=(*CAPTIONS, "seed_pairs", "label_noise", "eval_prompts", "eval_count"),
+    files=("seed", "prompts.parquet", "benchmarks.parquet"),
+)
+ITER0 = Step(
+    settings=("beta", "lr", "loss", "iter0_steps", "start", "batch", "lora_rank", "flip",
+              "optimizer", "warmup", "weight_decay", "prompt_dropout"),
+    files=("iter0", "eval/*/Iter0-*"),
+)
+CANDIDATES = Step(
+    settings=("candidates",),
+    files=("iter1/candidates.parquet", "iter1/images", "iter1/latents"),
+)
+
+# The anchor is no setting of this: that of round 1 is always the base.
+RANKING = Step(
+    settings=("reward", "draws", "rank_t_min", "rank_t_max", "reward_weights", "select"),
+    files=("iter1/pairs.parquet", "iter1/rewards.parquet", "iter1/*draws.parquet",
+           "iter1/judge.json", "iter1/preview.png"),
+)
+
+# These depend on no setting that an arm changes.
+COMMON_FILES = ("embeds", "eval/*/base-*")
+
+
+def share(source: Path, target: Path, rounds: int) -> None:
+    """Give the new run `target` by hard links what the finished run `source` has in common with it.
+
+    The stages of `target`, which has so many rounds, then find these files made. Both folders have
+    their config.json.
+    """
+    mine, theirs = saved_settings(target), saved_settings(source)
+    files = files_at(source, COMMON_FILES)
+    for step in equal_steps(source, mine, theirs):
+        files += files_at(source, step.files)
+
+    # Six rounds go on from three, and human pairs may be more of the same.
+    if same_arm(mine, theirs):
+        files += files_of_rounds(source, rounds)
+    files += first_pictures(source, mine, theirs)
+
+    # A table says that its stage is done, so tables come last.
+    files.sort(key=is_table)
+    for file in files:
+        copy = target / file.relative_to(source)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, copy)
+
+
+def equal_steps(source: Path, mine: Settings, theirs: Settings) -> list[Step]:
+    """The first steps in which two runs are equal and which `source` still has all files of."""
+    steps = [HUMAN_PAIRS, ITER0]
+    if mine.alpha > 0:
+        steps += [CANDIDATES, RANKING]
+
+    equal = []
+    for step in steps:
+        if not agree(mine, theirs, step.settings) or not has_all(source, step.files):
+            break
+        equal.append(step)
+    return equal
+
+
+def same_arm(mine: Settings, theirs: Settings) -> bool:
+    """Whether two runs differ at most in the number of rounds that they have gone."""
+    fields = dataclasses.fields(Settings)
+    deciding = [field.name for field in fields if not field.metadata["free"]]
+    return agree(mine, theirs, deciding)
+
+
+def files_of_rounds(source: Path, rounds: int) -> list[Path]:
+    """All files of the first rounds."""
+    files = []
+    for k in range(1, rounds + 1):
+        files += files_at(source, (f"iter{k}", f"eval/*/Iter{k}-*"))
+    return files
+
+
+def first_pictures(source: Path, mine: Settings, theirs: Settings) -> list[Path]:
+    """The pictures of human pairs that both runs have, if one only has more of them."""
+    if not agree(mine, theirs, CAPTIONS):
+        return []
+
+    pictures = []
+    for file in files_at(source, ("seed/images", "seed/latents")):
+        number, _ = file.name.split("_")
+        if int(number) < min(mine.seed_pairs, theirs.seed_pairs):
+            pictures.append(file)
+    return pictures
+
+
+def saved_settings(run: Path) -> Settings:
+    """The settings of a run folder."""
+    s, _ = load(["--run", str(run)], "")
+    return s
+
+
+def agree(mine: Settings, theirs: Settings, names: Iterable[str]) -> bool:
+    """Whether two runs have the same values of some settings."""
+    return all(getattr(mine, name) == getattr(theirs, name) for name in names)
+
+
+def has_all(run: Path, patterns: Iterable[str]) -> bool:
+    """Whether a run has something for each of the patterns."""
+    return all(any(run.glob(pattern)) for pattern in patterns)
+
+
+def files_at(run: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files that patterns name, or that lie in the folders they name."""
+    files = []
+    for pattern in patterns:
+        for path in run.glob(pattern):
+            files += [file for file in (path, *path.rglob("*")) if file.is_file()]
+    return files
+
+
+def is_table(file: Path) -> bool:
+    """Whether a file is a table of a stage."""
+    return file.suffix == ".parquet"
+
+
+# ---- running ----
+
+def run_arm(out: Path, job: Job, lenders: Iterable[Path] = ()) -> str:
+    """Make one run as run_sail.sh would, and its evaluation; returns a line about it.
+
+    What finished runs of the same seed in `out` and in the folders `lenders` have in common with
+    this one is not made again. What the stages print goes to the run's log.txt.
+    """
+    folder = folder_of(out, job.arm, job.seed)
+    given = settings_of(out, job)
+    stamp = json.dumps([given, list(job.rows)])
+    done = folder / "done.json"
+    if done.exists() and done.read_text() == stamp:
+        return f"{folder.name}: there"
+
+    # The folder with its settings, and what others have made of it.
+    arm = ARMS[job.arm]
+    folder.mkdir(parents=True, exist_ok=True)
+    s, _ = load(given, "", create=True)
+    for other in finished_runs((out, *lenders), job.seed):
+        if other != folder:
+            share(other, folder, arm.rounds)
+
+    with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        run_rounds(folder, arm.rounds, s.alpha)
+        evaluate(folder, job)
+
+    # done.json comes last: from then on the run lends to others, and is not touched again.
+    if not arm.keeps_candidates:
+        remove_candidates(folder, arm.rounds)
+    write_text(stamp, done)
+    return f"{folder.name}: done"
+
+
+def finished_runs(places: Iterable[Path], seed: int) -> list[Path]:
+    """The folders of all finished runs with this run seed."""
+    runs = []
+    for place in places:
+        runs += [done.parent for done in sorted(place.glob(f"*-{seed}/done.json"))]
+    return runs
+
+
+def run_rounds(folder: Path, rounds: int, alpha: float) -> None:
+    """Stages 01 to 04, as in run_sail.sh; each but stage 01 finds for itself what is there."""
+    run = ["--run", str(folder)]
+    if not (folder / "prompts.parquet").exists():
+        load_stage("01").main(run)
+    load_stage("04").main([*run, "--iter", "0"])
+
+    for k in range(1, rounds + 1):
+        this_round = [*run, "--iter", str(k)]
+        if alpha > 0:
+            load_stage("02").main(this_round)
+            load_stage("03").main(this_round)
+        load_stage("04").main(this_round)
+
+
+def evaluate(folder: Path, job: Job) -> None:
+    """Stage 05 on the base, Iter0, the last model or that of every round, and further rows."""
+    arm = ARMS[job.arm]
+    rounds = {0, arm.rounds}
+    if arm.every_round:
+        rounds = range(arm.rounds + 1)
+    models = ["base", *(f"Iter{k}" for k in sorted(rounds))]
+
+    arguments = ["--run", str(folder), "--only", ",".join(models)]
+    for row in job.rows:
+        arguments += ["--row", row]
+    load_stage("05").main(arguments)
+
+
+def remove_candidates(folder: Path, rounds: int) -> None:
+    """Thousands of small files that nobody needs again."""
+    for k in range(1, rounds + 1):
+        for name in ("images", "latents"):
+            shutil.rmtree(folder / f"iter{k}" / name, ignore_errors=True)
+
+
+# ---- many runs ----
+
+def run_all(out: Path, jobs: Iterable[Job], workers: int,
+            lenders: Iterable[Path] = ()) -> dict[tuple[str, int], str]:
+    """Make all runs, `workers` at once; returns what ended early, as {(arm, seed): its message}.
+
+    A training that ran away ends early, say; the other runs go on.
+    """
+    jobs = list(jobs)
+    failed = {}
+    with make_pool(workers) as pool, tqdm(total=len(jobs), desc="study", unit="run") as bar:
+        for turn in range(TURNS):
+            # All runs of a turn at once, then those that share what they have made.
+            running = {}
+            for job in jobs:
+                if turn_of(job.arm) == turn:
+                    running[pool.submit(run_arm, out, job, lenders)] = job
+
+            for future in as_completed(running):
+                job = running[future]
+                try:
+                    bar.set_postfix_str(future.result())
+                except UserError as error:
+                    failed[job.arm, job.seed] = str(error)
+                bar.update()
+    return failed
+
+
+TURNS = 4
+
+
+def turn_of(arm: str) -> int:
+    """When an arm's runs are made: those that others share things with, or start from, go first."""
+    if arm in ("SAIL", "DiffusionDPO"):
+        return 0
+    if ARMS[arm].rounds > ROUNDS:
+        return 3  # goes on from the run of the usual rounds
+    if method_of(arm) == "SAIL":
+        return 1
+    return 2
+
+
+def make_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that share the processors; each starts afresh, and imports the stages once."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, set_threads, (threads,))
+
+
+def set_threads(threads: int) -> None:
+    """Give this process so many threads."""
+    import torch
+
+    torch.set_num_threads(threads)

@@ -1,0 +1,83 @@
+"""One Python that has imported the libraries already, and forks a process for each stage of a run.
+
+Importing torch and diffusers takes some four seconds, which a stage of the embedded world hardly
+takes itself. The driver starts this program once, on machines without a GPU, and writes the script
+and its arguments for each stage: one a line, and an empty line. The stage runs in a process of its
+own, as if it had been started alone; its exit code comes back on file descriptor 3.
+
+    python -m lib.warm <stages 3>codes
+"""
+
+import os
+import runpy
+import signal
+import sys
+
+# What every stage imports. Nothing is computed here: torch's threads start with the first
+# computation, and a process that has them must not fork.
+import pandas  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+
+import lib.models  # noqa: F401
+
+
+def run_script(script: str, arguments: list[str]) -> int:
+    """Run a script as the main program; return its exit code."""
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        # As Python itself takes what sys.exit is given: nothing is success, a text is a failure.
+        if stop.code is None:
+            return 0
+        if isinstance(stop.code, int):
+            return stop.code
+        return 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def in_child(script: str, arguments: list[str]) -> None:
+    """The life of a forked process: a stage, which Ctrl-C may interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    # Only the parent tells exit codes.
+    os.close(3)
+    code = run_script(script, arguments)
+
+    # The process ends here, without what the parent has registered for its own end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    """Read stages from standard input; run each, and tell its exit code."""
+    # Ctrl-C is for the stage. This process ends with the driver, which then writes no more.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    words = []
+    for line in iter(sys.stdin.readline, ""):
+        word = line.rstrip("\n")
+        if word:
+            words.append(word)
+            continue
+
+        # An empty line: script and arguments are complete.
+        child = os.fork()
+        if child == 0:
+            in_child(words[0], words[1:])
+
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        try:
+            os.write(3, f"{code}\n".encode())
+        except BrokenPipeError:                        # Ctrl-C: the driver is gone already
+            return
+        words = []
+
+
+if __name__ == "__main__":
+    main()

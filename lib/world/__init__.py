@@ -1,0 +1,1 @@
+"""The embedded world: a text-to-image world small enough for a laptop."""
