@@ -13,7 +13,7 @@ writes  config.json
 SAIL's promise is that few human labels are enough (the paper: 50K of Pick-a-Pic's 0.8M pairs). The
 held-out pairs are labelled by people too. They are never trained on, and measure how well the model
 judges (stage 03). A benchmark is fixed, so its prompts are set aside first: no human pair and no
-round has one of them, nor has a round one of the human pairs'.
+round uses them. A round uses no prompt of a human pair.
 
 In the embedded world this stage plays the people. The base model draws two pictures for a caption,
 and an annotator with hidden taste u picks one, with Bradley-Terry noise:
@@ -35,7 +35,7 @@ import pandas as pd
 
 from lib import models
 from lib.data import few, prompts
-from lib.data.pairs import read_pairs
+from lib.data.pairs import stream_pairs
 from lib.data.pictures import decode
 from lib.run import (Ledger, UserError, bar, generator, is_main, keep_code, open_image, run_stage,
                      save_image, seed_of, wait, write_json, write_table)
@@ -119,7 +119,7 @@ def world_pairs(s: Settings, free: list[str],
 
 # ---- pairs from outside ----
 
-def choose_pairs(s: Settings, evaluation: set[str],
+def take_pairs(s: Settings, evaluation: set[str],
                  skipped: Counter) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The first pairs of the source's shuffled stream: to train on, then to hold out.
 
@@ -133,9 +133,9 @@ def choose_pairs(s: Settings, evaluation: set[str],
     writing = deque()
     progress = bar(None, "human pairs", "pair", total=wanted)
     with ThreadPoolExecutor() as pool, progress:
-        for pair in read_pairs(s.pairs, s.seed, skipped, evaluation):
+        for pair in stream_pairs(s.pairs, s.seed, skipped, evaluation):
             prompt = prompts.fold(pair["prompt"])
-            row = table_row(pair)
+            row = row_of_pair(pair)
             if len(training) < s.seed_pairs:
                 training.append(row)
                 trained_on.add(prompt)
@@ -168,7 +168,7 @@ def choose_pairs(s: Settings, evaluation: set[str],
     return pd.DataFrame(training), pd.DataFrame(held_out, columns=list(training[0]))
 
 
-def table_row(pair: dict) -> dict:
+def row_of_pair(pair: dict) -> dict:
     name = f"seed/images/{pair['pair_id']}"
     return {
         "pair_id": pair["pair_id"],
@@ -195,10 +195,10 @@ def outside_pairs(s: Settings, evaluation: set[str]) -> tuple[dict[str, list[str
     counts = prompt_counts(s)
     pool = None
     if s.prompts != "pairs":
-        pool = prompts.read_prompts(s.prompts)
+        pool = prompts.read_prompt_file(s.prompts)
         prompts.split_prompts(pool, evaluation, counts, s.seed)
 
-    human, holdout = choose_pairs(s, evaluation, skipped)
+    human, holdout = take_pairs(s, evaluation, skipped)
 
     # The rounds' prompts are none of the evaluation's and none of the human pairs'.
     taken = evaluation | set(human.prompt) | set(holdout.prompt)
@@ -213,7 +213,7 @@ def outside_pairs(s: Settings, evaluation: set[str]) -> tuple[dict[str, list[str
 
 
 def encode_pairs(s: Settings, ledger: Ledger) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The two tables, when the latents of all their pictures are made."""
+    """Make the latents of all their pictures; return the two tables."""
     # Every picture, and the row that names it: an error will say so.
     run = Path(s.run)
     tables, pictures = [], []
@@ -242,7 +242,7 @@ def is_done(s: Settings) -> bool:
     return True
 
 
-def fit_to_few_pairs(s: Settings, evaluation: pd.DataFrame) -> Settings:
+def shrink_to_data(s: Settings, evaluation: pd.DataFrame) -> Settings:
     """The settings, in which a preset's large numbers shrink to what a small file of pairs has."""
     changes = few.fit_to_few_pairs(s, evaluation.prompt)
     if not changes:
@@ -259,11 +259,12 @@ def main(argv: list[str]) -> None:
             print(f"01 seed: {run}/seed is there, nothing to do")
         return
 
-    # A bad benchmark is refused before anything is fetched or painted.
+    # A bad benchmark is refused before anything is fetched or painted. The numbers that change with
+    # few pairs matter to the main process alone: it chooses the pairs.
     if is_main():
         keep_code(run, __file__)
         evaluation = prompts.evaluation_prompts(s.eval_prompts, s.eval_count, s.pairs)
-        s = fit_to_few_pairs(s, evaluation)
+        s = shrink_to_data(s, evaluation)
 
     with Ledger(run, "01_seed", None, str(models.device_of(s))) as ledger:
         if s.pairs == "world":
@@ -285,7 +286,7 @@ def main(argv: list[str]) -> None:
 
 def write_results(s: Settings, human: pd.DataFrame, holdout: pd.DataFrame,
                   splits: dict[str, list[str]], evaluation: pd.DataFrame, remark: str) -> None:
-    # All prompts that the run will ever need are encoded here, once.
+    # The prompts of training, of the rounds and of the evaluation are encoded here, once.
     run = Path(s.run)
     new_prompts = []
     for pool in splits.values():

@@ -1,7 +1,7 @@
 """Stage 03: the model ranks its own candidates by its implicit reward; the extremes make a pair.
 
-reads   iterK/candidates.parquet, iterK/latents/, seed/holdout.parquet,
-        the model of round K-1 and the anchor
+reads   iterK/candidates.parquet, iterK/latents/, the model of round K-1 and the anchor,
+        seed/holdout.parquet, seed/latents/, iter(K-1)/holdout_draws.parquet
 writes  iterK/draws.parquet     prompt_id, candidate, draw, t, error, anchor_error, reward
         iterK/rewards.parquet   candidates + reward, reward_se
         iterK/pairs.parquet     pair_id, prompt, win, lose, source, margin, prompt_id
@@ -9,10 +9,10 @@ writes  iterK/draws.parquet     prompt_id, candidate, draw, t, error, anchor_err
         iterK/judge.json, iterK/preview.png
 
 The implicit reward (the paper's equations 6 to 9) is what Diffusion-DPO trains, read backwards: the
-denoising error that the current model theta saves against the anchor ref,
+denoising error that the current model theta saves against the anchor (the paper's ref),
 
     r(y, x_0) = -(beta / 2) E_{t, eps} [ ||eps - eps_theta(x_t, y, t)||^2
-                                         - ||eps - eps_ref(x_t, y, t)||^2 ]             (8)
+                                         - ||eps - eps_anchor(x_t, y, t)||^2 ]          (8)
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     p(x_a > x_b | y) = sigmoid(r_a - r_b)                                               (9)
 
@@ -62,7 +62,7 @@ def errors_of_prompts(unets: list, schedule, latents: torch.Tensor, t: torch.Ten
     """e(x_0) of every candidate at every draw, by every model: (models, P, N, D).
 
     latents (P, N, C, h, w) are the N candidates of each of P prompts, t (P, D) and
-    noise (P, D, C, h, w) the prompts' draws. For one prompt, P is 1; several only fill a batch.
+    noise (P, D, C, h, w) the prompts' draws. P is more than 1 only to fill a batch.
     """
     P, N, *shape = latents.shape
     D = t.shape[1]
@@ -165,7 +165,7 @@ def measure_errors(s: Settings, unets: list, comparisons: list[Comparison], ledg
 
 def errors_of_batch(s: Settings, unets: list, schedule, encoder: models.PromptEncoder,
                     batch: list[Comparison]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Timesteps (P, D) and errors (models, P, N, D), on the device, of a batch of comparisons."""
+    """A batch's timesteps (P, D), on the CPU, and errors (models, P, N, D), on the device."""
     latents, timesteps, noises = [], [], []
     for comparison in batch:
         x_0, _ = models.stack_latents(comparison.images)                        # (N, C, h, w)
@@ -192,7 +192,7 @@ def rewards_of(s: Settings, t: torch.Tensor, error: torch.Tensor,
     """Equation 8, draw by draw."""
     reward = implicit_reward(error, anchor_error, s.beta)
 
-    # An ablation enters here: lib/rivals/balanced.py.
+    # Balanced draws, an ablation: lib/rivals/balanced.py.
     if s.reward_weights == "balanced":
         reward = balance(anchor_error) * reward
     return Draws(t, error, anchor_error, reward)
@@ -200,7 +200,7 @@ def rewards_of(s: Settings, t: torch.Tensor, error: torch.Tensor,
 
 # ---- the self-judge at work ----
 
-def rank_by_itself(s: Settings, k: int, candidates: list[Comparison], holdout: list[Comparison],
+def rank_by_itself(s: Settings, k: int, comparisons: list[Comparison], holdout: list[Comparison],
                    ledger: Ledger) -> tuple[Draws, Draws | None]:
     """Model k-1 judges its own candidates, and the held-out human pairs."""
     model = models.load_unet(s, k - 1)
@@ -208,7 +208,7 @@ def rank_by_itself(s: Settings, k: int, candidates: list[Comparison], holdout: l
 
     # Its own candidates: these rewards make the pairs.
     title = f"iter{k} rewards"
-    t, errors = measure_errors(s, [model, anchor], candidates, ledger, title)
+    t, errors = measure_errors(s, [model, anchor], comparisons, ledger, title)
     error, anchor_error = errors
     draws = rewards_of(s, t, error, anchor_error)
     if not holdout:
@@ -240,11 +240,11 @@ def known_anchor_errors(s: Settings, k: int, holdout: list[Comparison]) -> torch
     return torch.tensor(known.anchor_error.to_numpy()).reshape(len(holdout), 2, s.draws)
 
 
-def rank_from_outside(s: Settings, candidates: list[Comparison],
+def rank_from_outside(s: Settings, comparisons: list[Comparison],
                       holdout: list[Comparison]) -> tuple[Draws, Draws | None]:
     """Online DPO, a rival: a score of stage 05 ranks instead of the model."""
     from lib.rivals import online_dpo
-    rewards, held_out = online_dpo.rank(s, candidates, holdout)
+    rewards, held_out = online_dpo.rank(s, comparisons, holdout)
     if not holdout:
         return outside_draws(rewards), None
     return outside_draws(rewards), outside_draws(held_out)
@@ -252,8 +252,10 @@ def rank_from_outside(s: Settings, candidates: list[Comparison],
 
 def outside_draws(reward: torch.Tensor) -> Draws:
     """A reward (P, N, 1) from outside is one "draw" without a timestep and without errors."""
-    nothing = torch.full_like(reward, float("nan"))
-    return Draws(nothing[:, 0], nothing, nothing, reward)
+    P = len(reward)
+    no_t = torch.full((P, 1), float("nan"))
+    no_error = torch.full_like(reward, float("nan"))
+    return Draws(no_t, no_error, no_error, reward)
 
 
 def choose_pairs(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws) -> pd.DataFrame:
@@ -261,7 +263,7 @@ def choose_pairs(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws) ->
     rewards = draws.reward.mean(2)                                              # (P, N)
     win, lose = best_and_worst(rewards)
 
-    # An ablation enters here: lib/rivals/random_pair.py.
+    # A random pair, an ablation: lib/rivals/random_pair.py.
     if s.select == "random":
         win, lose = random_pair(rewards, generator(s.seed, "random pair", k))
 
@@ -368,7 +370,7 @@ def write_rewards(folder: Path, candidates: pd.DataFrame, draws: Draws) -> None:
 
 
 def write_holdout_draws(folder: Path, holdout: list[Comparison], held_out: Draws) -> None:
-    """holdout_draws.parquet: the same for the two pictures of each held-out pair."""
+    """holdout_draws.parquet: every draw of both pictures of each held-out pair."""
     pair_ids = [comparison.key[1] for comparison in holdout]
     labels = {"pair_id": np.repeat(pair_ids, 2), "side": np.tile(["win", "lose"], len(holdout))}
     write_table(draws_table(held_out, labels), folder / "holdout_draws.parquet")

@@ -2,7 +2,8 @@
 
 reads   seed/pairs.parquet, iterK/pairs.parquet, their latents,
         the model of round K-1 (Iter0: the base)
-writes  iterK/unet/               a diffusers folder
+writes  iterK/checkpoint.pt       while it trains: where a stopped training goes on
+        iterK/unet/               a diffusers folder
         iterK/lora/               with --lora-rank: the adapter, for pipe.load_lora_weights
         iterK/train_log.parquet   step, loss, win_error_gain, lose_error_gain, margin, accuracy, lr,
                                   grad_norm, seconds
@@ -15,10 +16,11 @@ two pictures of a pair,
 
 averaged over pairs after the log-sigmoid (Diffusion-DPO, Wallace et al. 2024, equation 14). Policy
 theta and reference ref both start from the previous round's model. A round's data is alpha
-self-made and (1 - alpha) human pairs (ranked preference mixup): it keeps later rounds from
-collapsing onto the model's own taste.
+self-made and (1 - alpha) human pairs (ranked preference mixup): the human part keeps later
+rounds from collapsing onto the model's own taste.
 
-The loss stays near log 2 = 0.693: one (t, eps) says little about a pair. Watch the gains (reference
+On pairs that are seen once the loss stays near log 2 = 0.693, since one (t, eps) says little about
+a pair; on few pairs, seen again and again, it falls, which is memory. Watch the gains (reference
 error minus policy error: above zero, the policy is better than the reference), their difference
 (margin) and the implicit accuracy instead.
 
@@ -43,10 +45,10 @@ from lib.rivals.mapo import mapo_loss
 from lib.run import (TRAIN_LOG_COLUMNS, Ledger, UserError, atomic, bar, generator, is_main,
                      keep_code, my_share, open_image, process_state, read_pairs, run_stage, seed_of,
                      wait, write_table)
-from lib.settings import ITER, Settings, load
+from lib.settings import ITER, Settings, has_reference, load
 
-# A run stops when the policy's error on winners is this many times the reference's (without a
-# reference: times 1, the error of a model that predicts zero). It has diverged.
+# A run whose policy has an error on winners of this many times the reference's has diverged, and
+# stops. Without a reference it is compared with 1, the error of a model that predicts zero.
 STRAY = 3.
 
 
@@ -60,7 +62,8 @@ def dpo_loss(win: torch.Tensor, lose: torch.Tensor, ref_win: torch.Tensor, ref_l
     return -F.logsigmoid(margin), margin
 
 
-# The door for a rival's loss: one entry, with dpo_loss's arguments.
+# The door for a rival's loss: an entry here, with dpo_loss's arguments, and its name among the
+# choices of the setting `loss`.
 LOSSES = {"dpo": dpo_loss, "mapo": mapo_loss}
 
 
@@ -73,7 +76,7 @@ def mixup(n_human: int, n_self: int, alpha: float, length: int,
     """
     # Self-made places are spread evenly, so that every batch has its share: a place is self-made
     # where its number times alpha passes a whole number.
-    place = torch.arange(length)
+    place = torch.arange(length, dtype=torch.float64)
     before = (place * alpha + 1e-9).floor()
     after = ((place + 1) * alpha + 1e-9).floor()
     is_self = after > before
@@ -101,12 +104,15 @@ def steps_of(s: Settings, k: int, n_human: int, n_self: int) -> int:
     In the mix each self-made pair comes once.
     """
     if k == 0:
-        steps, pairs = s.iter0_steps, n_human
+        steps, places = s.iter0_steps, n_human
     elif s.alpha == 0:
-        steps, pairs = s.iter_steps, n_human
+        steps, places = s.iter_steps, n_human
     else:
-        steps, pairs = s.iter_steps, n_self / s.alpha
-    return steps or max(1, round(pairs / s.batch))
+        steps, places = s.iter_steps, n_self / s.alpha
+
+    if steps == 0:
+        steps = max(1, round(places / s.batch))
+    return steps
 
 
 def learning_rate(s: Settings, step: int) -> float:
@@ -139,13 +145,13 @@ def pair_errors(s: Settings, policy, ref, schedule, pairs: pd.DataFrame, randoms
                 encoder: models.PromptEncoder) -> torch.Tensor:
     """Denoising errors (4, B) on B pairs: win, lose (with gradient), ref_win, ref_lose.
 
-    `randoms` are those of these pairs. Where `ref` is None, a LoRA policy is its own reference,
-    with its adapter off or as it was.
+    `randoms` are those of these pairs. `ref` may be None: a LoRA policy is its own reference, with
+    its adapter off or as it was.
     """
     device = models.device_of(s)
 
-    # Winners, then losers. A human picture's latent is drawn from its VAE posterior; a candidate's
-    # is the sampler's own, with std 0.
+    # Winners, then losers. A picture from outside has a VAE posterior, from which its latent is
+    # sampled; one that the run has painted has the sampler's own latent, with std 0.
     images = [Path(s.run) / image for image in (*pairs.win, *pairs.lose)]
     flips = randoms["flip"].tolist()
     mean, std = models.stack_latents(images, flips + flips)
@@ -173,13 +179,12 @@ def pair_errors(s: Settings, policy, ref, schedule, pairs: pd.DataFrame, randoms
 def reference_error(s: Settings, policy, ref, schedule, x_0: torch.Tensor, t: torch.Tensor,
                     noise: torch.Tensor, condition: dict) -> torch.Tensor:
     """The reference's errors (2B,); not a number for a loss without a reference."""
-    if s.loss != "dpo":
+    if not has_reference(s):
         return torch.full((len(t),), float("nan"), device=x_0.device)
 
-    # A LoRA policy is its own reference.
     if ref is None:
-        with lora.reference_of(policy) as ref:
-            return denoising_error(ref, schedule, x_0, t, noise, condition)
+        with lora.reference_of(policy) as reference:
+            return denoising_error(reference, schedule, x_0, t, noise, condition)
     return denoising_error(ref, schedule, x_0, t, noise, condition)
 
 
@@ -206,7 +211,7 @@ def backward(s: Settings, policy, ref, schedule, pairs: pd.DataFrame, randoms: d
 
 def forwards_per_pair(s: Settings) -> int:
     """UNet forwards: the policy on two pictures, and the reference too if the loss has one."""
-    if s.loss == "dpo":
+    if has_reference(s):
         return 4
     return 2
 
@@ -240,7 +245,7 @@ def load_policy_and_reference(s: Settings, k: int) -> tuple:
         lora.add_adapters(policy, s.lora_rank, last, seed_of(s.seed, "lora", k))
     else:
         policy = models.load_unet(s, k - 1, trained=True)
-        if s.loss == "dpo":
+        if has_reference(s):
             ref = models.load_unet(s, k - 1)
 
     if s.grad_checkpoint == "on":
@@ -307,11 +312,11 @@ def training_pairs(s: Settings, k: int) -> tuple[pd.DataFrame, int]:
     tables = []
     for name, made_by in names.items():
         tables.append(read_pairs(s.run, name, made_by))
-    ensure_latents(s, dict(zip(names, tables)))
+    encode_missing(s, dict(zip(names, tables)))
     return pd.concat(tables, ignore_index=True), len(tables[0])
 
 
-def ensure_latents(s: Settings, tables: dict[str, pd.DataFrame]) -> None:
+def encode_missing(s: Settings, tables: dict[str, pd.DataFrame]) -> None:
     """Pictures without a latent (one's own data) are encoded once; with --flip mirrored as well."""
     # Each picture, and where it is named: all winners, then all losers.
     run = Path(s.run)
@@ -371,7 +376,6 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
         values = backward(s, policy, ref, schedule, batch, randoms, encoder, ledger)
         values = sum_over_processes(values, parameters)
 
-        # One optimizer step.
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -424,7 +428,7 @@ def watch(row: dict, k: int, s: Settings) -> None:
                         f"checkpoint was kept")
 
     reference = 1.
-    if s.loss == "dpo":
+    if has_reference(s):
         reference = row["ref_error"]
     if row["win_error"] > STRAY * reference:
         raise UserError(f"{where}: the policy's error on winners ({row['win_error']:.3g}) is over "

@@ -2,10 +2,12 @@
 
 reads   prompts.parquet (split eval), benchmarks.parquet, the base model, iterK/unet/ of all rounds,
         rows given by hand
-writes  eval/images/, eval/scores.parquet   one row per picture, and per style its prompt stands in
+writes  eval/images/, eval/scores/          pictures, and the scores of each row of the table
+        eval/scores.parquet                 one row per picture; a prompt of two styles has two
         eval/table.md, eval/table.csv       means, gains and win rates with intervals
         eval/curves.png, eval/samples.png
-        eval/walk.md, eval/index.html       how this run went, step by step; the page has all of it
+        eval/walk.md, eval/walk/            how this run went, step by step
+        eval/index.html                     the page, which has all of it
 
 All models get the same prompts and the same noise for each prompt, so differences are paired: the
 intervals are 95 % bootstrap intervals over prompts, of the mean and of the mean difference. They
@@ -14,7 +16,7 @@ study).
 
     python 05_eval.py --run runs/tiny                                  the run's own models
     python 05_eval.py --run runs/tiny --only base,Iter0,Iter3          some of them
-    python 05_eval.py --run runs/tiny --row "seed only=runs/seed-only/iter3/unet"   and others
+    python 05_eval.py --run runs/tiny --row "other=runs/other/iter3/unet"           and others
     python 05_eval.py --preset sd15 --run runs/mine --row mine=me/my-model          without a run
     python 05_eval.py --preset sd15 --run runs/scores --images my/pictures          without a model
 
@@ -113,7 +115,7 @@ def add_rivals(s: Settings, compared: dict[str, int | str]) -> dict[str, int | s
     return compared
 
 
-def evaluation_prompts(s: Settings) -> pd.DataFrame:
+def prompts_of_evaluation(s: Settings) -> pd.DataFrame:
     """(benchmark, style, prompt_id, prompt): a prompt in two styles stands there twice."""
     run = Path(s.run)
     if not (run / "prompts.parquet").exists() and is_main():
@@ -237,7 +239,7 @@ def notes_on_code(s: Settings, compared: dict[str, int | str]) -> list[str]:
 
 def tables_of(s: Settings, summary: pd.DataFrame,
               facts: dict[str, dict[str, str]]) -> list[tuple[str, pd.DataFrame]]:
-    """(title, table): the paper's table beside ours, where it has one, and ours."""
+    """(title, table): the paper's table beside ours, where it has one, and last our own."""
     tables = []
     pairs = {name: fact["human pairs"] for name, fact in facts.items()}
     beside_paper = paper.table(s.preset, summary, pairs)
@@ -301,6 +303,7 @@ def write_results(s: Settings, compared: dict[str, int | str], pictures: pd.Data
     summary = table.summarise(pictures, scores.names_of(s), "base", "Iter0")
     facts = facts_of_rows(s, compared)
     tables = tables_of(s, summary, facts)
+    _, own_table = tables[-1]
 
     elsewhere = {name: where for name, where in compared.items() if isinstance(where, str)}
     made_with = replace(s, dtype=str(models.dtype_of(s)))
@@ -309,17 +312,19 @@ def write_results(s: Settings, compared: dict[str, int | str], pictures: pd.Data
     text = write_tables(s, tables, summary, facts, notes, versions)
 
     figures = draw_figures(s, compared, summary, pictures, judges_of(run))
-    story = walk.tell(s, pictures, tables[-1][1])
+    story = walk.tell(s, pictures, own_table)
     if story:
         write_text(walk.as_markdown(story), folder / "walk.md")
     page.write_page(run, tables, pictures, f"SAIL: {run.name}", notes, figures, story)
     tracking.log_evaluation(s, summary, folder / "samples.png")
 
-    print("", text, table.cost(run).iloc[:, :6].round(1).to_string(index=False), sep="\n")
+    cost = table.cost(run).drop(columns=["peak_memory_bytes", "device"])
+    print("", text, cost.round(1).to_string(index=False), sep="\n")
     print(f"05 eval: {folder}/table.md, curves.png, samples.png, walk.md; open {folder}/index.html")
 
 
 def main(argv: list[str]) -> None:
+    # With --preset a folder may be made here, to compare models alone.
     is_new = any(argument.startswith("--preset") for argument in argv)
     s, stage = load(argv, __doc__, ARGUMENTS, create=is_new)
     compared = rows_of_table(s, stage)
@@ -328,7 +333,7 @@ def main(argv: list[str]) -> None:
         # read
         of_eval = None
         if not stage.images:
-            of_eval = evaluation_prompts(s)
+            of_eval = prompts_of_evaluation(s)
         jobs = {}
         for name, where in compared.items():
             jobs[name] = jobs_of_row(s, name, where, of_eval)

@@ -5,8 +5,8 @@ Nothing of SAIL is here. Notation (DDPM, Ho et al. 2020): x_0 is a latent in the
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,    eps ~ N(0, 1)
 
-A condition is what the UNet knows of the prompt: {"embeds": (B, T, D)} and, for SDXL,
-{"pooled": (B, P)} as well.
+A condition is what the UNet knows of the prompt: {"embeds": (B, T, width)} and, for SDXL,
+{"pooled": (B, width)} as well.
 """
 
 import torch

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-# The columns of the tables that stages exchange, once for writers and readers.
+# The columns that a reader may ask of the tables that stages exchange (lib/README.md has them all).
 PAIR_COLUMNS = ("pair_id", "prompt", "win", "lose", "source")
 PROMPT_COLUMNS = ("prompt_id", "prompt", "split")
 CANDIDATE_COLUMNS = ("prompt_id", "prompt", "candidate", "seed", "image")

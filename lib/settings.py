@@ -21,6 +21,11 @@ from lib.run import UserError, run_stage, write_json
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# What can rank candidates.
+REWARDS = ("implicit", "world", "world-aesthetics", "pickscore", "hpsv2", "hpsv2.1", "imagereward",
+           "aesthetics")
+
+
 def setting(help: str, tiny, sd15=None, sdxl=None, paper: str = "", free: bool = False,
             choices: tuple = ()):
     """A setting with its value in each preset.
@@ -179,7 +184,7 @@ class Settings:
         "weights of the scores, where not the published ones: name=path with commas",
         "", free=True)
 
-    # ---- the table's other rows, and ablations: not SAIL (lib/rivals) ----
+    # ---- the table's other rows, and ablations: not the paper's SAIL (lib/rivals/README.md) ----
     start: str = setting(
         "a UNet (hub id or folder) to take as Iter0 instead of training it: SAIL*",
         "", paper="SAIL*: DiffusionDPO's")
@@ -187,9 +192,9 @@ class Settings:
         "loss of all rounds; mapo (needs no reference) is a rival row of the table",
         "dpo", paper="dpo", choices=("dpo", "mapo"))
     reward: str = setting(
-        "who ranks: implicit (the model itself), or for online DPO world, world-aesthetics or "
-        "a score of stage 05",
-        "implicit", paper="implicit; online DPO: aesthetics")
+        "who ranks: implicit (the model itself), or for online DPO a reward from outside: the "
+        "world's, or a score of stage 05",
+        "implicit", paper="implicit; online DPO: aesthetics", choices=REWARDS)
     select: str = setting(
         "how a prompt's pair is chosen",
         "best-worst", paper="best-worst", choices=("best-worst", "random"))
@@ -218,7 +223,7 @@ class Settings:
         "images sampled at once",
         64, 32, 8, free=True)
     rank_batch: int = setting(
-        "noised latents per forward in ranking",
+        "noised latents per forward in ranking, of whole prompts: at least the N x draws of one",
         320, 80, 20, free=True)
     micro_batch: int = setting(
         "pairs per forward in training; divides batch, the rest is accumulated",
@@ -248,8 +253,6 @@ def preset_values(preset: str) -> dict:
 
 PRESETS = {preset: preset_values(preset) for preset in ("tiny", "sd15", "sdxl")}
 
-REWARDS = ("implicit", "world", "world-aesthetics", "pickscore", "hpsv2", "hpsv2.1", "imagereward",
-           "aesthetics")
 
 # The stages' own argument beside the settings.
 ITER = {
@@ -267,6 +270,11 @@ NOT_YET_MADE = {"config.json", "ledger.parquet", "log.txt", "code"}
 # The packages whose versions a result may depend on.
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "open_clip_torch", "pandas",
             "pyarrow", "numpy")
+
+
+def has_reference(s: Settings) -> bool:
+    """Whether the loss compares the policy with a reference model."""
+    return s.loss != "mapo"
 
 
 def round_prompts(s: Settings, k: int) -> int:
@@ -371,10 +379,6 @@ def check(s: Settings) -> Settings:
         f"world's pairs and prompts belong together; give your own for all three or for none",
     )
 
-    require(
-        s.reward in REWARDS,
-        f"--reward {s.reward}: give one of {', '.join(REWARDS)}",
-    )
     require(
         s.track == "off" or importlib.util.find_spec(s.track),
         f"--track {s.track}: the package {s.track} is not installed; install it with pip, or "

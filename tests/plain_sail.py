@@ -1,4 +1,4 @@
-"""SAIL on one page: no batches, no caches, no files. The first thing to read; the tests hold the stages to it.
+"""SAIL on one page, one picture at a time: no caches, no files. The tests hold the stages' rewards and losses to it.
 
     .venv/bin/python tests/plain_sail.py            (the embedded world, on a CPU, in a minute)
 """
@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from lib.world import captions, people  # noqa: E402
 
-N, D, BETA, ALPHA = 4, 10, 2000., .25                         # the paper: 8, 10, 5000, .25
+N, DRAWS, BETA, ALPHA = 4, 10, 2000., .25                     # the paper: 8, 10, 5000, .25
 HUMAN_PAIRS, NEW_PROMPTS, BATCH, STEPS, LR = 16, 4, 8, 10, 4e-5
+LATENT, LABEL_NOISE = (12, 8, 8), .15
 
 
 def e(unet, schedule, x_0, y, t, eps):
-    """The denoising error of a latent x_0 (C, h, w) under a prompt's embedding y (1, T, D), at one (t, eps)."""
+    """The denoising error of a latent x_0 (C, h, w) under a prompt's embedding y (1, T, width), at one (t, eps)."""
     abar = schedule.alphas_cumprod[t]
     x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
     return (eps - unet(x_t[None], t, y).sample[0]).square().mean()
@@ -40,8 +41,8 @@ def dpo_loss(theta, ref, schedule, x_w, x_l, y, t, eps, beta=BETA):
     return -F.logsigmoid(-beta / 2 * (win - lose))
 
 
-def draw(pipe, unet, prompt, seed):
-    """A latent from a model, and its picture (1, 3, 32, 32) in 0..1."""
+def paint(pipe, unet, prompt, seed):
+    """A latent sampled from a model, and its picture (1, 3, 32, 32) in 0..1."""
     pipe.unet = unet
     rng = torch.Generator().manual_seed(seed)
     x_0 = pipe(prompt, num_inference_steps=10, guidance_scale=2., generator=rng, output_type="latent").images[0]
@@ -55,8 +56,8 @@ def embed(pipe, prompt):
 
 
 def random_draw(rng):
-    """A timestep and noise."""
-    return torch.randint(1000, (1,), generator=rng)[0], torch.randn(12, 8, 8, generator=rng)
+    """A timestep t and noise eps."""
+    return torch.randint(1000, (), generator=rng), torch.randn(LATENT, generator=rng)
 
 
 def train(pipe, unet, human, own, rng):
@@ -66,7 +67,9 @@ def train(pipe, unet, human, own, rng):
     for step in range(STEPS):
         loss = 0.
         for i in range(BATCH):
-            pairs = own if own and i < ALPHA * BATCH else human            # ranked preference mixup
+            pairs = human
+            if own and i < ALPHA * BATCH:                                  # ranked preference mixup
+                pairs = own
             prompt, x_w, x_l = pairs[torch.randint(len(pairs), (1,), generator=rng)]
             loss += dpo_loss(policy, ref, pipe.scheduler, x_w, x_l, embed(pipe, prompt), *random_draw(rng)) / BATCH
         loss.backward()
@@ -78,15 +81,18 @@ def train(pipe, unet, human, own, rng):
 
 def people_compare(pipe, base, prompt, seed, rng):
     """One human pair: an annotator of the embedded world prefers one of two pictures."""
-    (a, picture_a), (b, picture_b) = draw(pipe, base, prompt, seed), draw(pipe, base, prompt, seed + 1)
-    u = people.score([prompt, prompt], torch.cat([picture_a, picture_b]))["utility"]
-    return (prompt, a, b) if people.first_wins(u[:1], u[1:], .15, rng) else (prompt, b, a)
+    a, picture_a = paint(pipe, base, prompt, seed)
+    b, picture_b = paint(pipe, base, prompt, seed + 1)
+    u_a, u_b = people.score([prompt, prompt], torch.cat([picture_a, picture_b]))["utility"].split(1)
+    if people.first_wins(u_a, u_b, LABEL_NOISE, rng):
+        return prompt, a, b
+    return prompt, b, a
 
 
 def rank(pipe, theta, anchor, prompt, seed, rng):
     """One self-made pair: the best and the worst of N candidates by the model's own reward."""
-    candidates = [draw(pipe, theta, prompt, seed + n)[0] for n in range(N)]
-    draws = [random_draw(rng) for _ in range(D)]                           # shared by the candidates
+    candidates = [paint(pipe, theta, prompt, seed + n)[0] for n in range(N)]
+    draws = [random_draw(rng) for _ in range(DRAWS)]                       # shared by the candidates
     y = embed(pipe, prompt)
     rewards = [reward(theta, anchor, pipe.scheduler, x_0, y, draws).item() for x_0 in candidates]
     best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
@@ -97,7 +103,7 @@ def rank(pipe, theta, anchor, prompt, seed, rng):
 @torch.no_grad()
 def utility(pipe, unet, prompts):
     """What people would say of a model: mean true utility of new pictures."""
-    pictures = torch.cat([draw(pipe, unet, prompt, i)[1] for i, prompt in enumerate(prompts)])
+    pictures = torch.cat([paint(pipe, unet, prompt, i)[1] for i, prompt in enumerate(prompts)])
     return people.score(prompts, pictures)["utility"].mean().item()
 
 

@@ -294,6 +294,7 @@ def test_each_block_of_a_story_has_its_place_in_the_page(tmp_path):
     text = write_story(tmp_path, [
         ("heading", "Round 1"),
         ("text", "The model drew eight pictures of each prompt."),
+        ("equation", "a = <b>\nc = d"),
         ("picture", "iter1/preview.png", "best and worst"),
         ("pictures", [("iter1/images/a.png", "a"), ("iter1/images/b.png", "")]),
         ("table", pd.DataFrame({"reward": [.5]})),

@@ -25,7 +25,7 @@ from conftest import (
 )
 from PIL import Image
 
-from lib.data.pairs import read_pairs
+from lib.data.pairs import stream_pairs
 from lib.data.pictures import decode, digest
 from lib.data.prompts import pair_prompts
 from lib.run import UserError
@@ -35,18 +35,18 @@ SIDES = ("win", "lose")
 
 def ids_of(source: Path | str, seed: int, count: int | None = None) -> list[str]:
     """The ids of the first `count` pairs of a source, or of all, in their order."""
-    return [pair["pair_id"] for pair in itertools.islice(read_pairs(str(source), seed), count)]
+    return [pair["pair_id"] for pair in itertools.islice(stream_pairs(str(source), seed), count)]
 
 
 def prompts_of(source: Path | str, seed: int, count: int | None = None) -> list[str]:
-    return [pair["prompt"] for pair in itertools.islice(read_pairs(str(source), seed), count)]
+    return [pair["prompt"] for pair in itertools.islice(stream_pairs(str(source), seed), count)]
 
 
 # ---- Pick-a-Pic shards: what is a pair ----
 
 def test_the_preferred_picture_comes_first(tmp_path):
     write_shard(tmp_path / "train-0.parquet", [shard_row(i) for i in range(6)], row_group_size=4)
-    pairs = list(read_pairs(str(tmp_path), 0))
+    pairs = list(stream_pairs(str(tmp_path), 0))
     assert len(pairs) == 6
     for pair in pairs:
         number = int(pair["prompt"].split()[1])
@@ -74,7 +74,7 @@ ODD_ROWS = [
 def test_an_odd_row_is_skipped_and_counted(tmp_path, reason, row):
     write_shard(tmp_path / "train-0.parquet", [shard_row(i) for i in range(3)] + [row])
     skipped = Counter()
-    pairs = list(read_pairs(str(tmp_path), 0, skipped))
+    pairs = list(stream_pairs(str(tmp_path), 0, skipped))
     assert sorted(pair["prompt"] for pair in pairs) == ["prompt 0", "prompt 1", "prompt 2"]
     assert skipped == {reason: 1}
 
@@ -83,7 +83,7 @@ def test_odd_rows_are_counted_by_reason(tmp_path):
     rows = [shard_row(i) for i in range(6)] + [row for _, row in ODD_ROWS]
     write_shard(tmp_path / "train-0.parquet", rows, row_group_size=4)
     skipped = Counter()
-    pairs = list(read_pairs(str(tmp_path), 0, skipped))
+    pairs = list(stream_pairs(str(tmp_path), 0, skipped))
     assert len({pair["pair_id"] for pair in pairs}) == 6
     assert skipped == Counter(reason for reason, _ in ODD_ROWS)
 
@@ -106,7 +106,7 @@ def test_images_of_every_mode_are_pairs(tmp_path):
     ]
     write_shard(tmp_path / "0.parquet", [shard_row(i, jpg_0=kind) for i, kind in enumerate(kinds)])
     skipped = Counter()
-    pairs = list(read_pairs(str(tmp_path), 0, skipped))
+    pairs = list(stream_pairs(str(tmp_path), 0, skipped))
     assert len(pairs) == 5
     assert not skipped
     for pair in pairs:
@@ -119,7 +119,7 @@ def test_pairs_with_a_prompt_of_the_evaluation_are_left_out_unread(tmp_path):
     write_shard(tmp_path / "0.parquet", [shard_row(i) for i in range(4)] + [taken])
     skipped = Counter()
     avoid = ["taken prompt ", "prompt 2", "other"]
-    pairs = list(read_pairs(str(tmp_path), 0, skipped, avoid))
+    pairs = list(stream_pairs(str(tmp_path), 0, skipped, avoid))
     assert {pair["prompt"] for pair in pairs} == {"prompt 0", "prompt 1", "prompt 3"}
     assert skipped == {"prompt of the evaluation": 2}
 
@@ -129,7 +129,7 @@ def test_a_copy_that_stores_images_as_structs(tmp_path):
     for side in ("jpg_0", "jpg_1"):
         row[side] = {"bytes": row[side], "path": None}
     write_shard(tmp_path / "0.parquet", [row])
-    pair, = read_pairs(str(tmp_path), 0)
+    pair, = stream_pairs(str(tmp_path), 0)
     assert pair["win"] == jpeg(2)
     assert pair["lose"] == jpeg(3)
 
@@ -167,7 +167,7 @@ def test_rows_are_shuffled_and_not_only_shards(four_shards):
 
 
 def test_no_more_shards_are_opened_than_needed(four_shards, opened_shards):
-    stream = read_pairs(str(four_shards), 0)
+    stream = stream_pairs(str(four_shards), 0)
     assert opened_shards == []
 
     list(itertools.islice(stream, 30))
@@ -182,7 +182,7 @@ def test_no_more_shards_are_opened_than_needed(four_shards, opened_shards):
 
 def test_different_seeds_start_at_different_shards(four_shards, opened_shards):
     for seed in range(8):
-        next(read_pairs(str(four_shards), seed))
+        next(stream_pairs(str(four_shards), seed))
     assert len(set(opened_shards)) > 1
 
 
@@ -198,8 +198,8 @@ def test_a_row_group_is_never_all_in_memory(tmp_path):
 
     code = """if True:
         import sys, pyarrow
-        from lib.data.pairs import read_pairs
-        count = sum(1 for _ in read_pairs(sys.argv[1], 0))
+        from lib.data.pairs import stream_pairs
+        count = sum(1 for _ in stream_pairs(sys.argv[1], 0))
         print(count, pyarrow.default_memory_pool().max_memory())
     """
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -220,37 +220,37 @@ def test_validation_and_test_shards_are_left_alone(tmp_path, opened_shards):
 
 def test_a_folder_of_test_shards_alone_is_refused(tmp_path):
     write_shard(tmp_path / "test/0000.parquet", [shard_row(902)])
-    message = fails_with("no Parquet file", read_pairs, str(tmp_path), 0)
+    message = fails_with("no Parquet file", stream_pairs, str(tmp_path), 0)
     assert "but of test and validation splits" in message
 
 
 # ---- Pick-a-Pic shards that cannot be used ----
 
 def test_a_source_that_is_not_there(tmp_path):
-    fails_with("no such file or folder, nor a hub", read_pairs, str(tmp_path / "gone"), 0)
+    fails_with("no such file or folder, nor a hub", stream_pairs, str(tmp_path / "gone"), 0)
 
 
 def test_a_folder_without_shards(tmp_path):
-    fails_with("no Parquet file.*give --pairs", read_pairs, str(tmp_path), 0)
+    fails_with("no Parquet file.*give --pairs", stream_pairs, str(tmp_path), 0)
 
 
 def test_shards_without_any_pair(tmp_path):
     ties = [shard_row(i, label_0=.5, label_1=.5) for i in range(3)]
     write_shard(tmp_path / "0.parquet", ties)
-    fails_with(r"no usable pair \(tie 3\)", read_pairs, str(tmp_path), 0)
+    fails_with(r"no usable pair \(tie 3\)", stream_pairs, str(tmp_path), 0)
 
 
 def test_a_shard_that_misses_a_column(tmp_path):
     row = shard_row(1)
     del row["label_1"]
     write_shard(tmp_path / "0.parquet", [row])
-    fails_with("0.parquet: no column 'label_1'", read_pairs, str(tmp_path), 0)
+    fails_with("0.parquet: no column 'label_1'", stream_pairs, str(tmp_path), 0)
 
 
 def test_a_shard_that_breaks_off(tmp_path):
     shard = write_shard(tmp_path / "0.parquet", [shard_row(1)])
     shard.write_bytes(shard.read_bytes()[:500])
-    fails_with("0.parquet: not a readable Parquet file.*fetch", read_pairs, str(tmp_path), 0)
+    fails_with("0.parquet: not a readable Parquet file.*fetch", stream_pairs, str(tmp_path), 0)
 
 
 # ---- the hub ----
@@ -276,7 +276,7 @@ def test_hub_prompts_are_peeked_at_and_nothing_is_downloaded(four_shards, monkey
 
 
 @pytest.mark.parametrize("call", [
-    lambda source: read_pairs(source, 0),
+    lambda source: stream_pairs(source, 0),
     lambda source: pair_prompts(source, 0, set(), 5),
 ], ids=["pairs", "prompts"])
 @pytest.mark.parametrize("error, match", [
@@ -303,7 +303,7 @@ def test_a_download_that_breaks_off(four_shards, monkeypatch):
 
     fake_hub(monkeypatch, four_shards)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    fails_with("TimeoutError: read timed out", read_pairs, "some/pairs", 0)
+    fails_with("TimeoutError: read timed out", stream_pairs, "some/pairs", 0)
 
 
 # ---- the user's own tables ----
@@ -329,7 +329,7 @@ def test_a_table_of_each_format_gives_its_pairs(tmp_path, suffix):
     rows = user_rows(tmp_path)
     path = write_rows(tmp_path / f"my{suffix}", rows)
     given = [(row["prompt"], tmp_path / row["win"], tmp_path / row["lose"]) for row in rows]
-    pairs = [(pair["prompt"], pair["win"], pair["lose"]) for pair in read_pairs(str(path), 0)]
+    pairs = [(pair["prompt"], pair["win"], pair["lose"]) for pair in stream_pairs(str(path), 0)]
     assert sorted(pairs) == sorted(given)
 
 
@@ -347,7 +347,7 @@ def test_a_tables_rows_come_in_the_seeds_order(tmp_path, suffix):
 def test_a_table_in_the_current_folder(tmp_path, suffix, monkeypatch):
     path = write_rows(tmp_path / f"my{suffix}", user_rows(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert len(list(read_pairs(path.name, 0))) == 12
+    assert len(list(stream_pairs(path.name, 0))) == 12
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -382,7 +382,7 @@ def test_a_tables_rows_without_a_pair_are_counted(tmp_path):
     odd = [rows[0], rows[1] | {"prompt": " "}, rows[1] | {"lose": rows[1]["win"]}]
     path = write_rows(tmp_path / "my.csv", rows + odd)
     skipped = Counter()
-    assert len(list(read_pairs(str(path), 0, skipped))) == 3
+    assert len(list(stream_pairs(str(path), 0, skipped))) == 3
     assert skipped == {"repeated pair": 1, "empty prompt": 1, "same image twice": 1}
 
 
@@ -405,20 +405,20 @@ def test_a_bad_image_names_file_row_and_remedy(tmp_path, suffix, bad, match):
     (folder / "link.jpg").symlink_to(tmp_path / "outside.jpg")
     (folder / "images" / "cut.jpg").write_bytes(jpeg(1)[:-10])
     path = write_rows(folder / f"my{suffix}", rows[:2] + [rows[2] | {"lose": bad}])
-    fails_with(rf"my{suffix}, row 3: {match}", read_pairs, str(path), 0)
+    fails_with(rf"my{suffix}, row 3: {match}", stream_pairs, str(path), 0)
 
 
 def test_absolute_paths_are_refused_even_within_the_folder(tmp_path):
     row, = user_rows(tmp_path, 1)
     path = write_rows(tmp_path / "my.csv", [row | {"win": str(tmp_path / row["win"])}])
-    fails_with("row 1: .* leaves the table's folder", read_pairs, str(path), 0)
+    fails_with("row 1: .* leaves the table's folder", stream_pairs, str(path), 0)
 
 
 def test_bad_paths_of_a_text_table_are_found_before_the_first_pair(tmp_path):
     rows = user_rows(tmp_path, 30)
     path = write_rows(tmp_path / "my.csv", rows + [rows[0] | {"win": "none.jpg"}])
     with pytest.raises(UserError, match="row 31"):
-        next(read_pairs(str(path), 0))
+        next(stream_pairs(str(path), 0))
 
 
 @pytest.mark.parametrize("name, text, match", [
@@ -438,12 +438,12 @@ def test_bad_paths_of_a_text_table_are_found_before_the_first_pair(tmp_path):
 def test_tables_that_cannot_be_read(tmp_path, name, text, match):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    fails_with(match, read_pairs, str(path), 0)
+    fails_with(match, stream_pairs, str(path), 0)
 
 
 def test_a_parquet_table_that_misses_a_column(tmp_path):
     path = write_shard(tmp_path / "a.parquet", [{"prompt": "a", "chosen": b"x"}])
-    fails_with("a.parquet: no column 'win'; it has prompt, chosen", read_pairs, str(path), 0)
+    fails_with("a.parquet: no column 'win'; it has prompt, chosen", stream_pairs, str(path), 0)
 
 
 def test_a_parquet_table_without_rows(tmp_path):
@@ -454,7 +454,7 @@ def test_a_parquet_table_without_rows(tmp_path):
         "lose": pa.array([], pa.binary()),
     })
     pq.write_table(table, path)
-    fails_with("b.parquet: no usable pair .it has no rows", read_pairs, str(path), 0)
+    fails_with("b.parquet: no usable pair .it has no rows", stream_pairs, str(path), 0)
 
 
 # ---- pictures ----

@@ -1,5 +1,7 @@
 """Stages 01-05 on random pipelines of SD1.5's and SDXL's architecture, from pairs of outside."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,22 +278,24 @@ def test_online_dpo_by_a_learned_score(rival_run):
 
 # ---- a preset fits itself to few pairs ----
 
-@pytest.fixture
-def few(tmp_path, capsys) -> SimpleNamespace:
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> SimpleNamespace:
     """Stage 01 of `sd15` with three files and no number: its arguments, its run, its output."""
-    files = make_pairs(tmp_path / "own", 12)
-    make_pipeline(tmp_path / "model", False, "epsilon")
+    folder = tmp_path_factory.mktemp("few")
+    files, run = make_pairs(folder / "own", 12), folder / "run"
+    make_pipeline(folder / "model", False, "epsilon")
     arguments = [
         "--preset", "sd15",
-        "--model", str(tmp_path / "model"),
+        "--model", str(folder / "model"),
         "--resolution", "64",
         "--pairs", str(files / "pairs.csv"),
         "--prompts", str(files / "prompts.txt"),
         "--eval-prompts", str(files / "eval.txt"),
     ]
-    run = tmp_path / "run"
-    assert call("01", run, *arguments) is None
-    return SimpleNamespace(arguments=arguments, run=run, output=capsys.readouterr().out)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert call("01", run, *arguments) is None
+    return SimpleNamespace(arguments=arguments, run=run, output=output.getvalue())
 
 
 def test_a_preset_fits_itself_to_few_pairs(few):

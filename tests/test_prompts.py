@@ -28,11 +28,11 @@ from lib.data.prompts import (
     HPSV2_STYLES,
     evaluation_prompts,
     fold,
-    read_prompts,
+    read_prompt_file,
     split_prompts,
     write_eval,
 )
-from lib.run import read_prompts as prompts_of_run
+from lib.run import read_prompts
 from lib.world import captions
 
 
@@ -96,7 +96,7 @@ def parquet_file(folder: Path) -> Path:
     parquet_file,
 ])
 def test_read_prompts_in_each_format(tmp_path, write):
-    assert read_prompts(write(tmp_path)) == TEXTS
+    assert read_prompt_file(write(tmp_path)) == TEXTS
 
 
 @pytest.mark.parametrize("name, text, match", [
@@ -110,17 +110,17 @@ def test_read_prompts_in_each_format(tmp_path, write):
 ])
 def test_prompt_files_that_cannot_be_read(tmp_path, name, text, match):
     (tmp_path / name).write_text(text)
-    fails_with(match, read_prompts, tmp_path / name)
+    fails_with(match, read_prompt_file, tmp_path / name)
 
 
 def test_a_missing_prompt_file_is_named(tmp_path):
-    fails_with("none.txt: not readable .*No such file", read_prompts, tmp_path / "none.txt")
-    fails_with("none.parquet: not a readable", read_prompts, tmp_path / "none.parquet")
+    fails_with("none.txt: not readable .*No such file", read_prompt_file, tmp_path / "none.txt")
+    fails_with("none.parquet: not a readable", read_prompt_file, tmp_path / "none.parquet")
 
 
 def test_a_parquet_file_without_prompts(tmp_path):
     path = write_shard(tmp_path / "a.parquet", [{"text": "a"}])
-    fails_with("no column 'prompt'", read_prompts, path)
+    fails_with("no column 'prompt'", read_prompt_file, path)
 
 
 @pytest.mark.parametrize("name, count", [
@@ -131,7 +131,7 @@ def test_the_published_prompt_files(name, count):
     path = SHARED_DATA / f"{name}.json"
     if not path.exists():
         pytest.skip(f"{path.name} is not at hand")
-    assert len(read_prompts(path)) == count
+    assert len(read_prompt_file(path)) == count
 
 
 # ---- splits of a pool ----
@@ -435,14 +435,14 @@ def comparing_run(tmp_path) -> SimpleNamespace:
 
 def test_the_tables_of_a_run_hold_each_prompt_once(comparing_run):
     write_eval(comparing_run)
-    prompts = prompts_of_run(comparing_run.run, "eval")
+    prompts = read_prompts(comparing_run.run, "eval")
     assert prompts.prompt.tolist() == ["a", "b", "c", "d"]
     assert prompts.prompt_id.tolist() == [0, 1, 2, 3]
 
 
 def test_the_tables_of_a_run_hold_each_place_a_prompt_stands_in(comparing_run):
     write_eval(comparing_run)
-    prompts = prompts_of_run(comparing_run.run, "eval")
+    prompts = read_prompts(comparing_run.run, "eval")
     table = pd.read_parquet(Path(comparing_run.run) / "benchmarks.parquet").merge(prompts)
     places = table[["benchmark", "style", "prompt"]].itertuples(index=False, name=None)
     assert list(places) == [

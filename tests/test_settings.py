@@ -195,7 +195,7 @@ def test_the_driver_is_told_rounds_alpha_and_folder(tmp_path, capsys):
     ("--iter-prompts few", ["--iter-prompts few", "commas"]),
     ("--iter-prompts 5,0", ["--iter-prompts 5,0"]),
     ("--pairs mine.csv", ["--pairs mine.csv", "all three"]),
-    ("--reward taste", ["--reward taste", "implicit", "pickscore"]),
+    ("--reward taste", ["--reward", "'taste'", "implicit", "pickscore"]),
     ("--pairs a --prompts b --eval-prompts c --reward world", ["--reward world", "embedded world"]),
     ("--timesteps uniform", ["--timesteps"]),
     ("--min-margin 0", ["--min-margin"]),

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from lib.data.pairs import read_pairs
-from lib.data.prompts import distinct, fold, pair_prompts, read_prompts
+from lib.data.pairs import stream_pairs
+from lib.data.prompts import distinct, fold, pair_prompts, read_prompt_file
 from lib.data.tables import count_rows
 from lib.run import UserError
 from lib.settings import PRESETS, Settings, round_prompts
@@ -51,7 +51,7 @@ def fewer_pairs(s: Settings, evaluation: list[str]) -> dict:
 
     # Only reading the rows tells how many are pairs, on prompts that the evaluation leaves free.
     prompts = []
-    for pair in read_pairs(s.pairs, s.seed, avoid=evaluation):
+    for pair in stream_pairs(s.pairs, s.seed, avoid=evaluation):
         prompts.append(fold(pair["prompt"]))
     if s.prompts == "pairs":
         raise UserError(
@@ -74,7 +74,7 @@ def fewer_prompts(s: Settings, evaluation: list[str]) -> dict:
     # A round may use no prompt of the evaluation, nor of any human pair.
     of_pairs = pair_prompts(s.pairs, s.seed, (), count_rows(Path(s.pairs)))
     taken = evaluation + of_pairs
-    left = list(distinct(read_prompts(s.prompts), taken))
+    left = list(distinct(read_prompt_file(s.prompts), taken))
     of_a_round = len(left) // max(1, s.iters)
     if 0 < of_a_round < max(prompts_of_rounds(s), default=0):
         return {"iter_prompts": str(of_a_round)}

@@ -22,7 +22,7 @@ from lib.data.shards import ROWS_HELD, find_shards, shuffled_batches
 from lib.data.tables import need_columns, open_parquet, shuffled, text_rows
 from lib.run import UserError
 
-PAIR_COLUMNS = ("prompt", "win", "lose")
+SOURCE_COLUMNS = ("prompt", "win", "lose")
 PICKAPIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 
 FIRST_IS_BETTER = (1, 0)                    # Pick-a-Pic's (label_0, label_1)
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 # ---- the stream of pairs ----
 
-def read_pairs(
+def stream_pairs(
     source: str,
     seed: int,
     skipped: Counter | None = None,
@@ -166,8 +166,8 @@ def pair_columns(have: list[str], where: str) -> tuple[str, ...]:
 
     The file is Pick-a-Pic's if it has that data set's names and not all of a pair table's.
     """
-    columns = PAIR_COLUMNS
-    if not set(PAIR_COLUMNS) <= set(have) and ("caption" in have or "jpg_0" in have):
+    columns = SOURCE_COLUMNS
+    if not set(SOURCE_COLUMNS) <= set(have) and ("caption" in have or "jpg_0" in have):
         columns = PICKAPIC_COLUMNS
     need_columns(columns, have, where)
 
@@ -180,7 +180,7 @@ def pair_columns(have: list[str], where: str) -> tuple[str, ...]:
 
 def table_row(where: str, record: dict, folder: Path) -> Row:
     """A row of the user's own table, which lies in `folder`; UserError if it is not a pair's."""
-    need_columns(PAIR_COLUMNS, record, where)
+    need_columns(SOURCE_COLUMNS, record, where)
     prompt = str(record["prompt"] or "").strip()
     win = table_picture(record["win"], folder, where)
     lose = table_picture(record["lose"], folder, where)

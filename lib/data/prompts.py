@@ -69,7 +69,7 @@ def distinct(prompts: Iterable[str], taken: Iterable[str]) -> Iterator[str]:
 
 # ---- prompts of the rounds ----
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompt_file(path: str | Path) -> list[str]:
     """The prompts of a file of any format, in order, each once as it is written."""
     rows = prompt_rows(Path(path), str(path))
     prompts = list(dict.fromkeys(prompt for _, prompt in rows if prompt))

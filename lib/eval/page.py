@@ -51,6 +51,7 @@ def write_page(run: Path, tables: list[tuple[str, pd.DataFrame]], scores: pd.Dat
     story   how the run went, a list of blocks; without any the page has no such section:
                 ("heading", text)
                 ("text", text)                              a paragraph
+                ("equation", lines)                         as they stand, in fixed width
                 ("picture", image, caption)                 a figure, on a white card
                 ("pictures", [(image, caption), ...])       small pictures, side by side
                 ("table", table)                            a DataFrame, shown as results are
@@ -265,6 +266,8 @@ def _block(run: Path, row: int, kind: str, content, caption: str = "") -> str:
         return f"<h3>{_text(content)}</h3>"
     if kind == "text":
         return f"<p>{_text(content)}</p>"
+    if kind == "equation":
+        return f"<pre>{_text(content)}</pre>"
     if kind == "table":
         return _table(content)
     if kind == "picture":

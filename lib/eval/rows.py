@@ -63,9 +63,7 @@ def load_row(s: Settings, where: int | str) -> torch.nn.Module:
         return load_control(s, control)
 
     # A model from elsewhere is laid out and compiled as the run's own models are.
-    unet = load_unet_at(s, where)
-    if models.device_of(s).type == "cuda":
-        unet = unet.to(memory_format=torch.channels_last)
+    unet = models.to_device(s, load_unet_at(s, where))
     if s.compile == "on":
         unet.compile()
     return unet

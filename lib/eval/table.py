@@ -73,7 +73,7 @@ def _styles(scores: pd.DataFrame) -> list[str]:
 
 
 def _means_of_prompts(scores: pd.DataFrame, name: str, models) -> pd.DataFrame:
-    """One score as (prompts, models), in the order of `models`; NaN where a model lacks a prompt."""
+    """One score as (prompts, models), in the order of `models`; NaN where there is none."""
     # A prompt is what the bootstrap resamples, so its pictures are averaged first. A prompt that
     # stands in two styles counts in both.
     prompt = ["style", "prompt_id"]

@@ -20,7 +20,7 @@ import pandas as pd
 from lib.eval.scores import names_of
 from lib.eval.table import Cell, markdown, plain
 from lib.run import PAIR_COLUMNS, TRAIN_LOG_COLUMNS, atomic, read_table
-from lib.settings import Settings
+from lib.settings import Settings, has_reference
 
 # Blocks in order; page.write_page says what kinds there are.
 Story = list[tuple]
@@ -108,7 +108,7 @@ def explain_world() -> Story:
         _text(
             "This run plays in a small world of coloured shapes. Its people are a program with a",
             "hidden taste, the utility of a picture under its prompt:"),
-        _text("utility = alignment + 2 aesthetics"),
+        _equation("utility = alignment + 2 aesthetics"),
         _text(
             "Alignment is how much of the prompt the picture gets right: the shape, its colour,",
             "the background's colour and its pattern. Aesthetics is what no prompt mentions:",
@@ -129,7 +129,7 @@ def tell_errors_of_people(s: Settings, people: dict) -> Story:
         _text(
             "Like real people, these are not always true to their taste. Of two pictures a and b,",
             "they prefer a with probability"),
-        _text(f"p = sigmoid((utility of a - utility of b) / {s.label_noise:g})"),
+        _equation(f"p = sigmoid((utility of a - utility of b) / {s.label_noise:g})"),
         _text(
             "which is 50% for two equally good pictures, the toss of a coin, and nearly 100% for",
             "one that is much better.",
@@ -183,11 +183,12 @@ def explain_noise() -> Story:
             "picture. Take a picture x (more precisely its latent, the compressed form that the",
             "model works in) and mix it with random noise eps. The timestep t, from 0 to 999, sets",
             "how much of the mixture is noise: next to nothing at 0, next to all of it at 999."),
-        _text("x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps, where abar_t falls from 1 to 0"),
+        _equation("x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps"),
+        _text("where abar_t, the part of the picture that is left, falls from 1 to 0."),
         _text(
             "The model theta gets the mixture x_t, the timestep t and the prompt y, and predicts",
             "eps. Its error on the picture is the mean square of the difference:"),
-        _text("e_theta(x) = mean of (eps - eps_theta(x_t, y, t))^2"),
+        _equation("e_theta(x) = mean of (eps - eps_theta(x_t, y, t))^2"),
         _text("The smaller the error, the likelier the model finds this picture for this prompt."),
     ]
 
@@ -200,10 +201,11 @@ def explain_dpo(s: Settings) -> Story:
             "at a pair: theta, which is trained, and the reference, ref, which stays as it is.",
             "Both pictures get the same t and the same noise. With x_w the winner and x_l the",
             "loser,"),
-        _text("winner gain = e_ref(x_w) - e_theta(x_w)"),
-        _text("loser gain = e_ref(x_l) - e_theta(x_l)"),
-        _text("margin = (beta / 2) (winner gain - loser gain)"),
-        _text("loss = -log sigmoid(margin)"),
+        _equation(
+            "winner gain = e_ref(x_w) - e_theta(x_w)",
+            "loser gain = e_ref(x_l) - e_theta(x_l)",
+            "margin = (beta / 2) (winner gain - loser gain)",
+            "loss = -log sigmoid(margin)"),
         _text(
             "A gain says how much better than the reference theta has become at seeing the noise",
             "in a picture. The margin is above 0 if theta has gained more on the winner than on",
@@ -222,9 +224,10 @@ def explain_mapo() -> Story:
             "This run learns from pairs by MaPO, not by the Diffusion-DPO of the paper. Both",
             "pictures of a pair get the same t and the same noise. With x_w the winner, x_l the",
             "loser, and phi a function that falls as the error e grows,"),
-        _text("phi(e) = (e / 2) / (exp(e / 2) - 1)"),
-        _text("margin = 1000 (phi(e_theta(x_w)) - phi(e_theta(x_l)))"),
-        _text("loss = e_theta(x_w) - 0.1 log sigmoid(margin)"),
+        _equation(
+            "phi(e) = (e / 2) / (exp(e / 2) - 1)",
+            "margin = 1000 (phi(e_theta(x_w)) - phi(e_theta(x_l)))",
+            "loss = e_theta(x_w) - 0.1 log sigmoid(margin)"),
         _text(
             "The margin is above 0 if the model's error on the winner is the smaller one, and a",
             "larger margin is a lower loss. The first term keeps the model good at winners."),
@@ -236,7 +239,7 @@ def explain_curves(s: Settings, log: pd.DataFrame) -> Story:
     first, late = log.iloc[0], _second_half(log)
     loss = [f"Loss: {first.loss:.3f} at the first step, {late.loss:.3f} on average over the",
             "second half of the steps."]
-    if s.loss == "dpo":
+    if has_reference(s):
         loss += ["The dashed line is log 2 = 0.693, the loss of a margin of 0, where every",
                  "training starts: at first theta is the same as the reference. One t and one",
                  "noise say little about a pair, so pairs that come once hardly move the loss from",
@@ -307,11 +310,12 @@ def explain_reward(s: Settings, judge: dict) -> Story:
             "pairs it has acquired a taste: measured against the model before, its error is now",
             "lower on pictures that people prefer than on the others. Read backwards, this is a",
             "score of any picture, its reward:"),
-        _text(f"r(x) = mean of -(beta / 2) (e_theta(x) - e_anchor(x)), beta = {s.beta:g}"),
+        _equation("r(x) = mean of -(beta / 2) (e_theta(x) - e_anchor(x))"),
         _text(
             "Here theta is the current model, Iter0, and the anchor is a fixed model to compare it",
             f"with, {judge.get('anchor', 'base')}. The reward is high if theta finds the picture",
-            f"likelier than the anchor does. A draw is one random t with one random noise; {mean}",
+            "likelier than the anchor does; beta is that of the training.",
+            f"A draw is one random t with one random noise; {mean}",
             "All candidates of a prompt meet the same draws, so that luck favours none. Only the",
             "differences of their rewards count, not whether these lie above or below 0."),
     ]
@@ -323,13 +327,13 @@ def explain_reward(s: Settings, judge: dict) -> Story:
             "speaks louder than another."))
 
     margin = "The difference of their rewards is its margin."
-    if s.loss == "dpo":
+    if has_reference(s):
         margin = ("The difference of their rewards is its margin, as in training, but with the "
                   "anchor as the reference.")
     story += [
         _text(_chosen_pair(s), margin, "The self-judge believes that a person would prefer the "
               "winner with probability"),
-        _text("p = sigmoid(margin)"),
+        _equation("p = sigmoid(margin)"),
     ]
     return story
 
@@ -477,7 +481,7 @@ def tell_training(s: Settings, k: int, pictures: pd.DataFrame) -> Story:
         return []
 
     start = f"Iter{k} starts as a copy of Iter{k - 1}."
-    if s.loss == "dpo":
+    if has_reference(s):
         start = f"Iter{k} starts as a copy of Iter{k - 1}, which is its reference too."
     story = [
         *tell_mix(s, k, len(log)),
@@ -655,6 +659,11 @@ def _text(*parts: str) -> tuple[str, str]:
     return "text", " ".join(parts)
 
 
+def _equation(*lines: str) -> tuple[str, str]:
+    """Equations, one below the other."""
+    return "equation", "\n".join(lines)
+
+
 def _quoted(prompt: str) -> str:
     """A prompt in quotation marks, in one line, cut if it is long."""
     line = " ".join(str(prompt).split())
@@ -801,6 +810,8 @@ def _markdown_block(kind: str, content, caption: str = "") -> str:
         return f"## {_words(content)}"
     if kind == "text":
         return _words(content)
+    if kind == "equation":
+        return "".join(f"    {line}\n" for line in content.split("\n")).rstrip()
     if kind == "table":
         return markdown(content).strip()
     if kind == "picture":

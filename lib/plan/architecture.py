@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig
 
 from lib import diffusion, models
 from lib.run import UserError
-from lib.settings import Settings
+from lib.settings import Settings, has_reference
 
 # ---- the known architectures ----
 
@@ -163,7 +163,7 @@ def pair_arithmetic(s: Settings) -> int:
     cost a forward more.
     """
     forwards = 2
-    if s.loss == "dpo":
+    if has_reference(s):
         forwards += 2
 
     backward = 2

@@ -77,9 +77,10 @@ def count_training(s: Settings, k: int, new_pairs: int) -> dict:
 
     Where pairs are mirrored, the mirror images of the new ones are still to be encoded.
     """
-    steps = load_stage("04").steps_of(s, k, s.seed_pairs, new_pairs)
+    training = load_stage("04")
+    steps = training.steps_of(s, k, s.seed_pairs, new_pairs)
     row = {"stage": "04_train_dpo", "iter": k, "optimizer_steps": steps}
-    row["unet_forwards"] = steps * s.batch * forwards_of_pair(s)
+    row["unet_forwards"] = steps * s.batch * training.forwards_per_pair(s)
     if s.flip:
         row["encodes"] = 2 * new_pairs
     return row
@@ -101,16 +102,6 @@ def count_painting(s: Settings, images: int) -> dict:
         forwards_a_step = 2
     forwards = images * s.sample_steps * forwards_a_step
     return {"images": images, "unet_forwards": forwards, "decodes": images}
-
-
-def forwards_of_pair(s: Settings) -> int:
-    """UNet forwards of a training pair as the ledger counts them.
-
-    They are two pictures, by the policy and, where the loss has one, by the reference.
-    """
-    if s.loss == "dpo":
-        return 4
-    return 2
 
 
 def eval_prompts(s: Settings) -> int:

@@ -20,7 +20,7 @@ from lib.plan.architecture import (Architecture, count_flops, pair_arithmetic, r
                                    without_weights)
 from lib.plan.stages import load_stage
 from lib.run import UserError
-from lib.settings import Settings
+from lib.settings import Settings, has_reference
 
 # Seconds that a call of the probe may take. The fastest of REPEATS calls counts, or of fewer where
 # they take long: after REPEAT_SECONDS no further one is made.
@@ -158,7 +158,7 @@ class Probe:
 
         def forward_and_backward(given: tuple) -> None:
             with torch.autocast(self.device.type, self.dtype, enabled=mixed):
-                if self.s.loss == "dpo":
+                if has_reference(self.s):
                     with torch.no_grad():
                         diffusion.predict(ref, *given)
                 diffusion.predict(policy, *given).square().mean().backward()

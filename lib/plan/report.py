@@ -12,7 +12,7 @@ from lib import models
 from lib.plan.architecture import Architecture, architecture_of, pair_arithmetic
 from lib.plan.counts import counts, eval_prompts
 from lib.plan.probe import Probe
-from lib.settings import Settings, round_prompts
+from lib.settings import Settings, has_reference, round_prompts
 
 # Bytes per pixel of a photograph as run.save_image writes it; bytes of a safetensors file's header.
 PNG, JPEG = 2.0, 0.7
@@ -143,7 +143,7 @@ def bytes_in_training(s: Settings, probe: Probe) -> dict[str, int]:
         return {"policy": frozen}
 
     parts = {"policy": trained}
-    if s.loss == "dpo":
+    if has_reference(s):
         parts["reference"] = frozen
     parts["gradients"] = trained
     if s.optimizer == "adamw":

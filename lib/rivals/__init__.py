@@ -1,1 +1,1 @@
-"""Every other system of the table, and the two controls; SAIL itself imports none of them."""
+"""Every other system of the table, the ablations and the controls; each is off by default."""

@@ -17,7 +17,7 @@ from lib.eval.table import markdown
 from lib.plan.counts import counts
 from lib.run import atomic, read_table, write_text
 from lib.study.questions import ARMS, Question, method_of
-from lib.study.runner import Job, folder_of, saved_settings
+from lib.study.runner import Job, folder_of, settings_of_run
 
 SCORES = ["alignment", "aesthetics", "utility"]
 
@@ -56,7 +56,7 @@ def collect(out: Path, jobs: Iterable[Job]) -> tuple[pd.DataFrame, pd.DataFrame]
 
 def facts_of_run(folder: Path, job: Job) -> list[dict]:
     """The rows of a run in the table of facts."""
-    s = saved_settings(folder)
+    s = settings_of_run(folder)
     cost = counts(s)
     cost = cost[cost.stage != "05_eval"]
     round_of = cost.iter.fillna(0)

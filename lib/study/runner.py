@@ -99,7 +99,7 @@ def share(source: Path, target: Path, rounds: int) -> None:
     The stages of `target`, which has so many rounds, then find these files made. Both folders have
     their config.json.
     """
-    mine, theirs = saved_settings(target), saved_settings(source)
+    mine, theirs = settings_of_run(target), settings_of_run(source)
     files = files_at(source, COMMON_FILES)
     for step in equal_steps(source, mine, theirs):
         files += files_at(source, step.files)
@@ -160,7 +160,7 @@ def first_pictures(source: Path, mine: Settings, theirs: Settings) -> list[Path]
     return pictures
 
 
-def saved_settings(run: Path) -> Settings:
+def settings_of_run(run: Path) -> Settings:
     """The settings of a run folder."""
     s, _ = load(["--run", str(run)], "")
     return s
