@@ -49,6 +49,8 @@ ARGUMENTS = {
                        "say base,Iter0,Iter3"},
     "--rivals": {"action": "store_true", "default": False,
                  "help": "the public checkpoints of the paper's other rows"},
+    "--scores-only": {"action": "store_true", "default": False,
+                      "help": "write eval/scores.parquet, and no table, figure or page"},
     "--images": {"default": "", "metavar": "PATH",
                  "help": "score these pictures alone: a table with prompt and image, or a folder"}}
 
@@ -347,7 +349,8 @@ def main(argv: list[str]) -> None:
         keep_code(s.run, __file__)
         pictures = collect(results, of_eval, Path(stage.images).stem)
         write_table(pictures, Path(s.run) / "eval" / "scores.parquet")
-        write_results(s, compared, pictures, versions)
+        if not stage.scores_only:
+            write_results(s, compared, pictures, versions)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def rival_run(request, tmp_path_factory, scorer):
 
     def make(name: str, *changes: str, arguments_of_05: tuple = ()) -> Path:
         run = seed_run(folder, name, request.param, scorer, *changes)
-        carry_on(run, *arguments_of_05)
+        carry_on(run, "--scores-only", *arguments_of_05)
         return run
 
     return make

@@ -44,7 +44,12 @@ def changed(seed: int) -> UNet2DConditionModel:
 
 
 def evaluate(run: Path, *more) -> pd.DataFrame:
-    """Stage 05's scores of a run folder."""
+    """Stage 05's scores of a run folder, without tables and figures."""
+    return report(run, *more, "--scores-only")
+
+
+def report(run: Path, *more) -> pd.DataFrame:
+    """Stage 05's scores of a run folder, and all that it makes of them."""
     stage("05").main(["--run", str(run), *SMALL, *map(str, more)])
     return pd.read_parquet(run / "eval/scores.parquet")
 
@@ -355,7 +360,7 @@ def test_a_unet_without_readable_weights_is_refused(bad_models, s):
 ])
 def test_only_these_models_are_drawn_scored_and_shown(run, only, names):
     more = ["--only", only] if only else []
-    drawn = evaluate(run, *more)
+    drawn = report(run, *more)
     assert list(drawn.model.unique()) == names
     assert len(drawn) == 4 * len(names)
 
@@ -430,7 +435,7 @@ def utility_of(folder: Path, prompts: pd.Series) -> torch.Tensor:
 def test_pictures_alone_are_scored_without_a_model(pictures, tmp_path, name, monkeypatch):
     expected, folder = pictures
     monkeypatch.setattr(models, "load_unet", None)
-    scored = evaluate(tmp_path / "alone", "--images", folder / name)
+    scored = report(tmp_path / "alone", "--images", folder / name)
     assert set(scored.model) == {"images"}
     assert scored.prompt.tolist() == expected.prompt.tolist()
     assert scored[scores.WORLD].equals(expected[scores.WORLD])
@@ -444,7 +449,7 @@ def test_pictures_alone_are_scored_without_a_model(pictures, tmp_path, name, mon
 def test_pictures_beside_models_are_compared_on_the_prompts_they_have(pictures, run):
     expected, folder = pictures
     (folder / "3.txt").write_text("a prompt of nobody's\n")
-    both = evaluate(run, "--only", "base", "--row", f"copies=images:{folder}")
+    both = report(run, "--only", "base", "--row", f"copies=images:{folder}")
     copies = both[both.model == "copies"]
     assert copies.prompt_id.tolist() == expected.prompt_id.tolist()[:3]
     assert np.array_equal(copies[scores.WORLD], expected[scores.WORLD][:3])

@@ -255,7 +255,8 @@ def evaluate(folder: Path, job: Job) -> None:
         rounds = range(arm.rounds + 1)
     models = ["base", *(f"Iter{k}" for k in sorted(rounds))]
 
-    arguments = ["--run", str(folder), "--only", ",".join(models)]
+    # The study draws figures of its own; a run's page is made by stage 05 without --scores-only.
+    arguments = ["--run", str(folder), "--scores-only", "--only", ",".join(models)]
     for row in job.rows:
         arguments += ["--row", row]
     load_stage("05").main(arguments)
