@@ -7,9 +7,9 @@ writes  iterK/candidates.parquet   prompt_id, prompt, candidate, seed, image
     x_0^(1..N) ~ p_theta(. | y),   theta = the current model, y from a set of prompts that no
                                    earlier round has seen
 
-The sampler's own latents are kept, so that stages 03 and 04 never run the VAE. A candidate's noise
-depends on (run seed, round, prompt, candidate) alone: the picture is the same whatever the batch
-size, the number of processes or the point of resume.
+The sampler's own latents are kept, so that stages 03 and 04 need no VAE (mirror images aside). A
+candidate's noise depends on (run seed, round, prompt_id, candidate) alone: the picture is the same,
+up to rounding, whatever the batch size, the number of processes or the point of resume.
 
     python 02_generate.py --run runs/tiny --iter 1
 """

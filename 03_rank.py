@@ -59,9 +59,9 @@ def best_and_worst(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def errors_of_prompts(unets: list, schedule, latents: torch.Tensor, t: torch.Tensor,
                       noise: torch.Tensor, condition: dict) -> torch.Tensor:
-    """e(x_0) of every candidate at every draw, by every model: (models, P, N, D).
+    """e(x_0) of every picture at every draw, by each of M models: (M, P, N, D).
 
-    latents (P, N, C, h, w) are the N candidates of each of P prompts, t (P, D) and
+    latents (P, N, C, h, w) are N pictures of each of P prompts, t (P, D) and
     noise (P, D, C, h, w) the prompts' draws. P is more than 1 only to fill a batch.
     """
     P, N, *shape = latents.shape
@@ -135,7 +135,7 @@ def anchor_of(s: Settings, k: int) -> int:
 
 def measure_errors(s: Settings, unets: list, comparisons: list[Comparison], ledger: Ledger,
                    title: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The draws' timesteps (P, D) and the models' errors (models, P, N, D) of P comparisons."""
+    """The draws' timesteps (P, D) and the models' errors (M, P, N, D) of P comparisons."""
     schedule = models.load_schedule(s)
     encoder = models.PromptEncoder(s)
     if is_main():
@@ -165,7 +165,7 @@ def measure_errors(s: Settings, unets: list, comparisons: list[Comparison], ledg
 
 def errors_of_batch(s: Settings, unets: list, schedule, encoder: models.PromptEncoder,
                     batch: list[Comparison]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch's timesteps (P, D), on the CPU, and errors (models, P, N, D), on the device."""
+    """A batch's timesteps (P, D), on the CPU, and errors (M, P, N, D), on the device."""
     latents, timesteps, noises = [], [], []
     for comparison in batch:
         x_0, _ = models.stack_latents(comparison.images)                        # (N, C, h, w)
@@ -214,40 +214,49 @@ def rank_by_itself(s: Settings, k: int, comparisons: list[Comparison], holdout: 
     if not holdout:
         return draws, None
 
-    # Held-out human pairs: these rewards tell whether it agrees with people. Neither the anchor nor
-    # a pair's draws change from round to round: what the last round measured of the anchor holds.
+    # Held-out human pairs: these rewards tell whether it agrees with people.
     title = f"iter{k} held-out pairs"
-    anchor_error = known_anchor_errors(s, k, holdout)
+    t, errors = measure_errors(s, [model], holdout, ledger, title)
+    error = errors[0]
+
+    # Neither the anchor nor a pair's draws change from round to round: what the last round measured
+    # of the anchor holds.
+    anchor_error = known_anchor_errors(s, k, holdout, t)
     if anchor_error is None:
-        t, errors = measure_errors(s, [anchor, model], holdout, ledger, title)
-        anchor_error, error = errors
-    else:
-        t, errors = measure_errors(s, [model], holdout, ledger, title)
-        error = errors[0]
+        _, errors = measure_errors(s, [anchor], holdout, ledger, f"{title}, anchor")
+        anchor_error = errors[0]
     return draws, rewards_of(s, t, error, anchor_error)
 
 
-def known_anchor_errors(s: Settings, k: int, holdout: list[Comparison]) -> torch.Tensor | None:
-    """The anchor's errors (pairs, 2, D) on the held-out pairs, if the last round had it too."""
+def known_anchor_errors(s: Settings, k: int, holdout: list[Comparison],
+                        t: torch.Tensor) -> torch.Tensor | None:
+    """The anchor's errors (pairs, 2, D) on the held-out pairs, if the last round had it too.
+
+    They hold for the same pairs and the same timesteps t (pairs, D) alone: a user may have dropped
+    a pair since, or changed the draws.
+    """
     table = Path(s.run) / f"iter{k - 1}" / "holdout_draws.parquet"
     if not table.exists() or anchor_of(s, k - 1) != anchor_of(s, k):
         return None
-    known = read_table(table, ("pair_id", "anchor_error"), f"03_rank.py --iter {k - 1}")
+    columns = ("pair_id", "t", "anchor_error")
+    known = read_table(table, columns, f"03_rank.py --iter {k - 1}")
 
-    # They hold for these pairs alone: a user may have dropped one since.
-    if list(known.pair_id.unique()) != [comparison.key[1] for comparison in holdout]:
+    pair_ids = [comparison.key[1] for comparison in holdout]
+    if list(known.pair_id.unique()) != pair_ids:
+        return None
+    if known.t.tolist() != t[:, None].expand(-1, 2, -1).flatten().tolist():
         return None
     return torch.tensor(known.anchor_error.to_numpy()).reshape(len(holdout), 2, s.draws)
 
 
 def rank_from_outside(s: Settings, comparisons: list[Comparison],
                       holdout: list[Comparison]) -> tuple[Draws, Draws | None]:
-    """Online DPO, a rival: a score of stage 05 ranks instead of the model."""
+    """The door for a rival's ranking; so far online DPO, by a score of stage 05."""
     from lib.rivals import online_dpo
-    rewards, held_out = online_dpo.rank(s, comparisons, holdout)
+    rewards, holdout_draws = online_dpo.rank(s, comparisons, holdout)
     if not holdout:
         return outside_draws(rewards), None
-    return outside_draws(rewards), outside_draws(held_out)
+    return outside_draws(rewards), outside_draws(holdout_draws)
 
 
 def outside_draws(reward: torch.Tensor) -> Draws:
@@ -369,20 +378,20 @@ def write_rewards(folder: Path, candidates: pd.DataFrame, draws: Draws) -> None:
     write_table(table, folder / "rewards.parquet")
 
 
-def write_holdout_draws(folder: Path, holdout: list[Comparison], held_out: Draws) -> None:
+def write_holdout_draws(folder: Path, holdout: list[Comparison], holdout_draws: Draws) -> None:
     """holdout_draws.parquet: every draw of both pictures of each held-out pair."""
     pair_ids = [comparison.key[1] for comparison in holdout]
     labels = {"pair_id": np.repeat(pair_ids, 2), "side": np.tile(["win", "lose"], len(holdout))}
-    write_table(draws_table(held_out, labels), folder / "holdout_draws.parquet")
+    write_table(draws_table(holdout_draws, labels), folder / "holdout_draws.parquet")
 
 
 def describe_judge(s: Settings, k: int, pairs: pd.DataFrame, comparisons: list[Comparison],
-                   held_out: Draws | None) -> dict:
+                   holdout_draws: Draws | None) -> dict:
     """judge.json: how often the judge agrees with people, and what it judged with."""
     judge = {"accuracy": None, "pairs": 0}
-    if held_out is not None:
-        accuracy, low, high = agreement(held_out.reward.mean(2))
-        judge = {"accuracy": accuracy, "low": low, "high": high, "pairs": len(held_out.reward)}
+    if holdout_draws is not None:
+        accuracy, low, high = agreement(holdout_draws.reward.mean(2))
+        judge = {"accuracy": accuracy, "low": low, "high": high, "pairs": len(holdout_draws.reward)}
 
     anchor = "base"
     if anchor_of(s, k) != BASE:
@@ -429,28 +438,28 @@ def main(argv: list[str]) -> None:
     with Ledger(s.run, "03_rank", k, str(models.device_of(s))) as ledger:
         # compute
         if s.reward == "implicit":
-            draws, held_out = rank_by_itself(s, k, comparisons, holdout, ledger)
+            draws, holdout_draws = rank_by_itself(s, k, comparisons, holdout, ledger)
         else:
-            draws, held_out = rank_from_outside(s, comparisons, holdout)
+            draws, holdout_draws = rank_from_outside(s, comparisons, holdout)
         if not draws.reward.isfinite().all():
             raise UserError(f"{folder}/candidates.parquet: a reward is not finite; model {k - 1} "
                             f"has diverged, lower --lr and train it again")
         pairs = choose_pairs(s, k, candidates, draws)
-        judge = describe_judge(s, k, pairs, comparisons, held_out)
+        judge = describe_judge(s, k, pairs, comparisons, holdout_draws)
 
         # write
         if is_main():
-            write_results(s, k, candidates, draws, holdout, held_out, pairs, judge)
+            write_results(s, k, candidates, draws, holdout, holdout_draws, pairs, judge)
 
 
 def write_results(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws,
-                  holdout: list[Comparison], held_out: Draws | None, pairs: pd.DataFrame,
+                  holdout: list[Comparison], holdout_draws: Draws | None, pairs: pd.DataFrame,
                   judge: dict) -> None:
     """pairs.parquet comes last: it marks the stage as done."""
     folder = Path(s.run) / f"iter{k}"
     write_rewards(folder, candidates, draws)
-    if held_out is not None:
-        write_holdout_draws(folder, holdout, held_out)
+    if holdout_draws is not None:
+        write_holdout_draws(folder, holdout, holdout_draws)
     write_json(judge, folder / "judge.json")
     pair_sheet(Path(s.run), pairs.head(24), folder / "preview.png", ("winner", "loser"))
     tracking.log_judge(s, k, judge, folder / "preview.png")

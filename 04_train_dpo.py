@@ -15,9 +15,9 @@ two pictures of a pair,
     L = -log sigmoid(margin)
 
 averaged over pairs after the log-sigmoid (Diffusion-DPO, Wallace et al. 2024, equation 14). Policy
-theta and reference ref both start from the previous round's model. A round's data is alpha
-self-made and (1 - alpha) human pairs (ranked preference mixup): the human part keeps later
-rounds from collapsing onto the model's own taste.
+theta and reference ref are both the previous round's model; theta is trained, ref stays. A round's
+data is alpha self-made and (1 - alpha) human pairs (ranked preference mixup): the human part keeps
+later rounds from collapsing onto the model's own taste.
 
 On pairs that are seen once the loss stays near log 2 = 0.693, since one (t, eps) says little about
 a pair; on few pairs, seen again and again, it falls, which is memory. Watch the gains (reference
@@ -63,7 +63,7 @@ def dpo_loss(win: torch.Tensor, lose: torch.Tensor, ref_win: torch.Tensor, ref_l
 
 
 # The door for a rival's loss: an entry here, with dpo_loss's arguments, and its name among the
-# choices of the setting `loss`.
+# choices of the setting `loss` (lib/eval/walk.py tells of these two only).
 LOSSES = {"dpo": dpo_loss, "mapo": mapo_loss}
 
 
@@ -75,7 +75,7 @@ def mixup(n_human: int, n_self: int, alpha: float, length: int,
     is self-made.
     """
     # Self-made places are spread evenly, so that every batch has its share: a place is self-made
-    # where its number times alpha passes a whole number.
+    # where its number times alpha passes a whole number (1e-9 is against rounding).
     place = torch.arange(length, dtype=torch.float64)
     before = (place * alpha + 1e-9).floor()
     after = ((place + 1) * alpha + 1e-9).floor()
@@ -133,7 +133,8 @@ def step_randoms(s: Settings, k: int, step: int, shape: tuple[int, ...]) -> dict
     # The two pictures of a pair share t and noise; each has its own sample of the VAE's posterior.
     t = torch.randint(1000, (B,), generator=rng)
     noise = torch.randn((B, *shape), generator=rng)
-    posterior = torch.randn((2, B, *shape), generator=rng).movedim(0, 1)      # winner's, loser's
+    posterior = torch.randn((2, B, *shape), generator=rng)          # winners', losers'
+    posterior = posterior.movedim(0, 1)                             # a row for each pair
 
     # Which pairs train on the empty prompt, and which are mirrored.
     drop = torch.rand(B, generator=rng) < s.prompt_dropout
@@ -150,8 +151,8 @@ def pair_errors(s: Settings, policy, ref, schedule, pairs: pd.DataFrame, randoms
     """
     device = models.device_of(s)
 
-    # Winners, then losers. A picture from outside has a VAE posterior, from which its latent is
-    # sampled; one that the run has painted has the sampler's own latent, with std 0.
+    # Winners, then losers. A latent that the VAE has made is sampled from its posterior; the
+    # sampler's own, of a picture that the run has painted, has std 0.
     images = [Path(s.run) / image for image in (*pairs.win, *pairs.lose)]
     flips = randoms["flip"].tolist()
     mean, std = models.stack_latents(images, flips + flips)
@@ -353,6 +354,7 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
     steps = steps_of(s, k, n_human, n_self)
     alpha = s.alpha if k > 0 else 0.
     order = mixup(n_human, n_self, alpha, steps * s.batch, generator(s.seed, "mix", k))
+    # All latents of a run have the shape of the first.
     latents, _ = models.stack_latents([Path(s.run) / pairs.win[0]])
     shape = latents.shape[1:]
 

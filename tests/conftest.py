@@ -288,7 +288,7 @@ def make_pairs(folder: Path, count: int = 8) -> Path:
 
 # ---- pictures and pairs from outside: Pick-a-Pic's shards, the user's tables, the hub ----
 
-SHARED_DATA = ROOT.parent / "shared" / "data"       # published lists of prompts, where they are at hand
+SHARED_DATA = ROOT.parent / "shared" / "data"       # published lists, where they are at hand
 
 
 def picture(number: int, size: tuple[int, int] = (24, 16), mode: str = "RGB") -> Image.Image:

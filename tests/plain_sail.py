@@ -1,4 +1,6 @@
-"""SAIL on one page, one picture at a time: no caches, no files. The tests hold the stages' rewards and losses to it.
+"""SAIL on one page, one picture at a time: no caches, no files.
+
+It is the first thing to read, and the tests hold the stages' rewards and losses to it.
 
     .venv/bin/python tests/plain_sail.py            (the embedded world, on a CPU, in a minute)
 """
@@ -20,17 +22,19 @@ LATENT, LABEL_NOISE = (12, 8, 8), .15
 
 
 def e(unet, schedule, x_0, y, t, eps):
-    """The denoising error of a latent x_0 (C, h, w) under a prompt's embedding y (1, T, width), at one (t, eps)."""
+    """The denoising error of a latent x_0 (C, h, w) at one (t, eps); y (1, T, width) is the prompt."""
     abar = schedule.alphas_cumprod[t]
     x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
     return (eps - unet(x_t[None], t, y).sample[0]).square().mean()
 
 
 def reward(theta, anchor, schedule, x_0, y, draws, beta=BETA):
-    """Equation 8: the error that the model saves against the anchor, in the mean over draws of (t, eps)."""
+    """Equation 8: the error that the model saves against the anchor, in the mean over the draws."""
     total = 0.
     for t, eps in draws:
-        total += -beta / 2 * (e(theta, schedule, x_0, y, t, eps) - e(anchor, schedule, x_0, y, t, eps))
+        error = e(theta, schedule, x_0, y, t, eps)
+        anchor_error = e(anchor, schedule, x_0, y, t, eps)
+        total += -beta / 2 * (error - anchor_error)
     return total / len(draws)
 
 
@@ -45,7 +49,8 @@ def paint(pipe, unet, prompt, seed):
     """A latent sampled from a model, and its picture (1, 3, 32, 32) in 0..1."""
     pipe.unet = unet
     rng = torch.Generator().manual_seed(seed)
-    x_0 = pipe(prompt, num_inference_steps=10, guidance_scale=2., generator=rng, output_type="latent").images[0]
+    x_0 = pipe(prompt, num_inference_steps=10, guidance_scale=2., generator=rng,
+               output_type="latent").images[0]
     picture = pipe.vae.decode(x_0[None] / pipe.vae.config.scaling_factor).sample / 2 + .5
     return x_0, picture.clamp(0, 1)
 
@@ -61,7 +66,7 @@ def random_draw(rng):
 
 
 def train(pipe, unet, human, own, rng):
-    """Some steps of Diffusion-DPO on the mix; policy and reference both start from the current model."""
+    """Some steps of Diffusion-DPO on the mix; policy and reference start from the current model."""
     policy, ref = copy.deepcopy(unet).requires_grad_(True), unet
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR)
     for step in range(STEPS):
@@ -71,7 +76,9 @@ def train(pipe, unet, human, own, rng):
             if own and i < ALPHA * BATCH:                                  # ranked preference mixup
                 pairs = own
             prompt, x_w, x_l = pairs[torch.randint(len(pairs), (1,), generator=rng)]
-            loss += dpo_loss(policy, ref, pipe.scheduler, x_w, x_l, embed(pipe, prompt), *random_draw(rng)) / BATCH
+            y = embed(pipe, prompt)
+            t, eps = random_draw(rng)
+            loss += dpo_loss(policy, ref, pipe.scheduler, x_w, x_l, y, t, eps) / BATCH
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -89,10 +96,11 @@ def people_compare(pipe, base, prompt, seed, rng):
     return prompt, b, a
 
 
+@torch.no_grad()
 def rank(pipe, theta, anchor, prompt, seed, rng):
     """One self-made pair: the best and the worst of N candidates by the model's own reward."""
     candidates = [paint(pipe, theta, prompt, seed + n)[0] for n in range(N)]
-    draws = [random_draw(rng) for _ in range(DRAWS)]                       # shared by the candidates
+    draws = [random_draw(rng) for _ in range(DRAWS)]                       # the candidates share them
     y = embed(pipe, prompt)
     rewards = [reward(theta, anchor, pipe.scheduler, x_0, y, draws).item() for x_0 in candidates]
     best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
@@ -109,6 +117,7 @@ def utility(pipe, unet, prompts):
 
 def main():
     from diffusers import StableDiffusionPipeline
+    torch.set_num_threads(1)                                   # one picture is too little to share
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "lib/world/base", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -117,18 +126,24 @@ def main():
     prompts = captions.permuted(captions.world_captions()["rest"], "plain")
 
     print(f"Seed: people compare two pictures of the base for {HUMAN_PAIRS} prompts")
-    human = [people_compare(pipe, base, prompt, 2 * i, rng) for i, prompt in enumerate(prompts[:HUMAN_PAIRS])]
-    print("Iter0: Diffusion-DPO on the human pairs; the first loss is log 2, since policy and reference are the same")
+    human = []
+    for i, prompt in enumerate(prompts[:HUMAN_PAIRS]):
+        human.append(people_compare(pipe, base, prompt, 2 * i, rng))
+
+    print("Iter0: Diffusion-DPO on the human pairs; at first policy and reference are the same: log 2")
     iter0 = train(pipe, base, human, [], rng)
 
     print(f"Round 1: the model ranks its own {N} candidates for each of {NEW_PROMPTS} new prompts")
-    with torch.no_grad():
-        own = [rank(pipe, iter0, base, prompt, 1000 + N * i, rng) for i, prompt in enumerate(prompts[100:100 + NEW_PROMPTS])]
+    own = []
+    for i, prompt in enumerate(prompts[100:100 + NEW_PROMPTS]):
+        own.append(rank(pipe, iter0, base, prompt, 1000 + N * i, rng))
+
     print(f"Iter1: Diffusion-DPO on the mix, {ALPHA:.0%} of it self-made")
     iter1 = train(pipe, iter0, human, own, rng)
 
     for name, unet in (("base", base), ("Iter0", iter0), ("Iter1", iter1)):
-        print(f"{name}: mean utility of 20 new pictures {utility(pipe, unet, prompts[200:220]):.3f}")
+        value = utility(pipe, unet, prompts[200:220])
+        print(f"{name}: mean utility of 20 new pictures {value:.3f}")
 
 
 if __name__ == "__main__":

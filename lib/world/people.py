@@ -90,7 +90,7 @@ def _neighbours(
     step: float,
     softnesses: tuple[float, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hypotheses around shapes (B, S) at poses (B, S, 3): each pose moved by a step in any direction.
+    """Hypotheses around shapes (B, S) at poses (B, S, 3), each moved by a step in any direction.
 
     Returns shape (B, C), pose (B, C, 3) and softness (B, C) with C = S * 27 * len(softnesses).
     """
