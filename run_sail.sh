@@ -20,7 +20,7 @@ if [ "${1:-}" = study ]; then exec "$python" -m lib.study "${@:2}"; fi
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then set -- --preset "$@"; fi
 case " $* " in
 *" --help "* | *" -h "*)
-    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$root/run_sail.sh"
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$root/run_sail.sh"
     exec "$python" -m lib.settings --help;;
 *" --plan "*)
     exec "$python" -m lib.plan "$@";;

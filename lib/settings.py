@@ -304,7 +304,7 @@ def values_in_words(f: dataclasses.Field) -> str:
     values = f.metadata["values"]
 
     # A value that is the same in all presets is given once.
-    words = f"tiny: {values['tiny']}"
+    words = f"all presets: {values['tiny']}"
     if len(set(values.values())) > 1:
         words = "; ".join(f"{preset}: {value}" for preset, value in values.items())
     if f.metadata["paper"]:

@@ -342,3 +342,8 @@ def test_a_question_is_answered_without_an_arm_that_ended_early(studied, capsys,
     assert "no mixup |" not in printed
     assert set(pd.read_parquet(out / "facts.parquet").arm) == set(ARMS) - {"no mixup"}
     assert (out / "judge.png").exists()
+
+
+def test_one_run_seed_has_no_interval():
+    assert judge.cell(pd.Series([.63])) == "0.630"
+    assert judge.cell(pd.Series([.6, .7])).startswith("0.650 [")

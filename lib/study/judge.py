@@ -173,6 +173,10 @@ def cell(by_run: pd.Series) -> str:
     """Mean and interval over run seeds; empty where a number is missing."""
     if by_run.isna().any():
         return ""
+
+    # One run seed says nothing of others.
+    if len(by_run) == 1:
+        return f"{by_run.iloc[0]:.3f}"
     mean, low, high = interval(by_run.to_numpy()[:, None])
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
