@@ -31,9 +31,9 @@ read -r iters alpha run <<< "$line"
 find "$run" -name '.*.tmp' -type f -delete                      # what a kill left half-written
 echo "run folder: $run"
 
-# A stage is `python 0X_stage.py ... --run RUN`. Without a GPU one Python that has imported torch forks them all, so that
-# only the first of them waits for the import (lib/warm.py); SAIL_LAUNCH starts them its own way.
-if [ -n "${SAIL_LAUNCH:-}" ] || command -v nvidia-smi >/dev/null; then
+# A stage is `python 0X_stage.py ... --run RUN`. On Linux without a GPU one Python that has imported torch forks them all,
+# so that only the first of them waits for the import (lib/warm.py); SAIL_LAUNCH starts them its own way.
+if [ -n "${SAIL_LAUNCH:-}" ] || [ "$(uname)" != Linux ] || command -v nvidia-smi >/dev/null; then
     [ "$python" = python ] || PATH="${python%/*}:$PATH"         # for SAIL_LAUNCH="accelerate launch ..."
     launch() { ${SAIL_LAUNCH:-"$python"} "$root/$1" "${@:2}" --run "$run"; }
 else

@@ -1,8 +1,8 @@
 """One Python that has imported the libraries already, and forks a process for each stage of a run.
 
 Importing torch and diffusers takes some four seconds, which a stage of the embedded world hardly
-takes itself. The driver starts this program once, on machines without a GPU, and writes the script
-and its arguments for each stage: one a line, and an empty line. The stage runs in a process of its
+takes itself. The driver starts this program once, on Linux without a GPU, and writes the script and
+its arguments for each stage: one a line, and an empty line. The stage runs in a process of its
 own, as if it had been started alone; its exit code comes back on file descriptor 3.
 
     python -m lib.warm <stages 3>codes
@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import warnings
 
 # What every stage imports. Nothing is computed here: torch's threads start with the first
 # computation, and a process that has them must not fork.
@@ -58,6 +59,9 @@ def main() -> None:
     # Ctrl-C is for the stage. This process ends with the driver, which then writes no more.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    # Newer Pythons warn of threads at a fork. Those here are of libraries that know how to fork.
+    warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+
     words = []
     for line in iter(sys.stdin.readline, ""):
         word = line.rstrip("\n")
@@ -72,6 +76,8 @@ def main() -> None:
 
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
+        if code < 0:                                   # killed by a signal: as a shell tells it
+            code = 128 - code
         try:
             os.write(3, f"{code}\n".encode())
         except BrokenPipeError:                        # Ctrl-C: the driver is gone already

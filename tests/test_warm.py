@@ -1,0 +1,46 @@
+"""lib/warm.py: a script that it forks ends as it would have ended alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = {
+    "done": ("import sys; print('given', sys.argv[1:])", 0),
+    "refused": ("import sys; sys.exit(2)", 2),
+    "told": ("import sys; sys.exit('a text')", 1),
+    "broken": ("1 / 0", 1),
+    "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137),
+    "after": ("import lib.models; print('goes on')", 0),
+}
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """(what was printed, the exit codes) of all scripts in one warm process."""
+    folder = tmp_path_factory.mktemp("warm")
+    lines = ""
+    for name, (code, _) in SCRIPTS.items():
+        (folder / f"{name}.py").write_text(code)
+        lines += f"{folder}/{name}.py\n--run\na b\n\n"
+
+    # The codes come on file descriptor 3, as the driver reads them.
+    command = f'exec "{sys.executable}" -m lib.warm 3> "{folder}/codes"'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], input=lines, env=environment,
+                          capture_output=True, text=True)
+    return done.stdout, [int(code) for code in (folder / "codes").read_text().split()]
+
+
+def test_a_script_has_the_exit_code_that_it_would_have_alone(warm):
+    assert warm[1] == [code for _, code in SCRIPTS.values()]
+
+
+def test_a_script_gets_its_arguments_whole(warm):
+    assert "given ['--run', 'a b']" in warm[0]
+
+
+def test_a_killed_script_leaves_the_next_one_alone(warm):
+    assert "goes on" in warm[0]
