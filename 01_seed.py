@@ -70,8 +70,11 @@ def split_world(s: Settings) -> tuple[dict[str, list[str]], list[str]]:
     return splits, rest
 
 
-def world_pairs(s: Settings, free: list[str],
-                ledger: Ledger) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+def world_pairs(
+    s: Settings,
+    free: list[str],
+    ledger: Ledger,
+) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     """Human pairs and held-out pairs on different captions, and how far the people agree."""
     # Captions are few: where there are more pairs than captions, they come again in turn.
     held_out = free[:min(s.holdout_pairs, len(free) // 2)]
@@ -119,8 +122,11 @@ def world_pairs(s: Settings, free: list[str],
 
 # ---- pairs from outside ----
 
-def take_pairs(s: Settings, evaluation: set[str],
-                 skipped: Counter) -> tuple[pd.DataFrame, pd.DataFrame]:
+def take_pairs(
+    s: Settings,
+    evaluation: set[str],
+    skipped: Counter,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The first pairs of the source's shuffled stream: to train on, then to hold out.
 
     A held-out pair has a prompt that no pair of the training has. `skipped` counts, by reason, the
@@ -284,8 +290,14 @@ def main(argv: list[str]) -> None:
             write_results(s, human, holdout, splits, evaluation, remark)
 
 
-def write_results(s: Settings, human: pd.DataFrame, holdout: pd.DataFrame,
-                  splits: dict[str, list[str]], evaluation: pd.DataFrame, remark: str) -> None:
+def write_results(
+    s: Settings,
+    human: pd.DataFrame,
+    holdout: pd.DataFrame,
+    splits: dict[str, list[str]],
+    evaluation: pd.DataFrame,
+    remark: str,
+) -> None:
     # The prompts of training, of the rounds and of the evaluation are encoded here, once.
     run = Path(s.run)
     new_prompts = []

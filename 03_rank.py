@@ -57,8 +57,14 @@ def best_and_worst(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def errors_of_prompts(unets: list, schedule, latents: torch.Tensor, t: torch.Tensor,
-                      noise: torch.Tensor, condition: dict) -> torch.Tensor:
+def errors_of_prompts(
+    unets: list,
+    schedule,
+    latents: torch.Tensor,
+    t: torch.Tensor,
+    noise: torch.Tensor,
+    condition: dict,
+) -> torch.Tensor:
     """e(x_0) of every picture at every draw, by each of M models: (M, P, N, D).
 
     latents (P, N, C, h, w) are N pictures of each of P prompts, t (P, D) and
@@ -113,8 +119,11 @@ class Draws(NamedTuple):
     reward: torch.Tensor            # (P, N, D)
 
 
-def reward_draws(s: Settings, key: tuple,
-                 shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def reward_draws(
+    s: Settings,
+    key: tuple,
+    shape: tuple[int, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Timesteps (D,) and noise (D, C, h, w), shared by all pictures compared under one key."""
     rng = generator(s.seed, "reward", *key)
     t = torch.randint(s.rank_t_min, s.rank_t_max, (s.draws,), generator=rng)
@@ -133,8 +142,13 @@ def anchor_of(s: Settings, k: int) -> int:
     return BASE
 
 
-def measure_errors(s: Settings, unets: list, comparisons: list[Comparison], ledger: Ledger,
-                   title: str) -> tuple[torch.Tensor, torch.Tensor]:
+def measure_errors(
+    s: Settings,
+    unets: list,
+    comparisons: list[Comparison],
+    ledger: Ledger,
+    title: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The draws' timesteps (P, D) and the models' errors (M, P, N, D) of P comparisons."""
     schedule = models.load_schedule(s)
     encoder = models.PromptEncoder(s)
@@ -163,8 +177,13 @@ def measure_errors(s: Settings, unets: list, comparisons: list[Comparison], ledg
     return torch.from_numpy(t), torch.from_numpy(errors)
 
 
-def errors_of_batch(s: Settings, unets: list, schedule, encoder: models.PromptEncoder,
-                    batch: list[Comparison]) -> tuple[torch.Tensor, torch.Tensor]:
+def errors_of_batch(
+    s: Settings,
+    unets: list,
+    schedule,
+    encoder: models.PromptEncoder,
+    batch: list[Comparison],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch's timesteps (P, D), on the CPU, and errors (M, P, N, D), on the device."""
     latents, timesteps, noises = [], [], []
     for comparison in batch:
@@ -187,8 +206,12 @@ def errors_of_batch(s: Settings, unets: list, schedule, encoder: models.PromptEn
     return t, errors
 
 
-def rewards_of(s: Settings, t: torch.Tensor, error: torch.Tensor,
-               anchor_error: torch.Tensor) -> Draws:
+def rewards_of(
+    s: Settings,
+    t: torch.Tensor,
+    error: torch.Tensor,
+    anchor_error: torch.Tensor,
+) -> Draws:
     """Equation 8, draw by draw."""
     reward = implicit_reward(error, anchor_error, s.beta)
 
@@ -200,8 +223,13 @@ def rewards_of(s: Settings, t: torch.Tensor, error: torch.Tensor,
 
 # ---- the self-judge at work ----
 
-def rank_by_itself(s: Settings, k: int, comparisons: list[Comparison], holdout: list[Comparison],
-                   ledger: Ledger) -> tuple[Draws, Draws | None]:
+def rank_by_itself(
+    s: Settings,
+    k: int,
+    comparisons: list[Comparison],
+    holdout: list[Comparison],
+    ledger: Ledger,
+) -> tuple[Draws, Draws | None]:
     """Model k-1 judges its own candidates, and the held-out human pairs."""
     model = models.load_unet(s, k - 1)
     anchor = models.load_unet(s, anchor_of(s, k))
@@ -228,8 +256,12 @@ def rank_by_itself(s: Settings, k: int, comparisons: list[Comparison], holdout: 
     return draws, rewards_of(s, t, error, anchor_error)
 
 
-def known_anchor_errors(s: Settings, k: int, holdout: list[Comparison],
-                        t: torch.Tensor) -> torch.Tensor | None:
+def known_anchor_errors(
+    s: Settings,
+    k: int,
+    holdout: list[Comparison],
+    t: torch.Tensor,
+) -> torch.Tensor | None:
     """The anchor's errors (pairs, 2, D) on the held-out pairs, if the last round had it too.
 
     They hold for the same pairs and the same timesteps t (pairs, D) alone: a user may have dropped
@@ -249,8 +281,11 @@ def known_anchor_errors(s: Settings, k: int, holdout: list[Comparison],
     return torch.tensor(known.anchor_error.to_numpy()).reshape(len(holdout), 2, s.draws)
 
 
-def rank_from_outside(s: Settings, comparisons: list[Comparison],
-                      holdout: list[Comparison]) -> tuple[Draws, Draws | None]:
+def rank_from_outside(
+    s: Settings,
+    comparisons: list[Comparison],
+    holdout: list[Comparison],
+) -> tuple[Draws, Draws | None]:
     """The door for a rival's ranking; so far online DPO, by a score of stage 05."""
     from lib.rivals import online_dpo
     rewards, holdout_draws = online_dpo.rank(s, comparisons, holdout)
@@ -385,8 +420,13 @@ def write_holdout_draws(folder: Path, holdout: list[Comparison], holdout_draws: 
     write_table(draws_table(holdout_draws, labels), folder / "holdout_draws.parquet")
 
 
-def describe_judge(s: Settings, k: int, pairs: pd.DataFrame, comparisons: list[Comparison],
-                   holdout_draws: Draws | None) -> dict:
+def describe_judge(
+    s: Settings,
+    k: int,
+    pairs: pd.DataFrame,
+    comparisons: list[Comparison],
+    holdout_draws: Draws | None,
+) -> dict:
     """judge.json: how often the judge agrees with people, and what it judged with."""
     judge = {"accuracy": None, "pairs": 0}
     if holdout_draws is not None:
@@ -452,9 +492,16 @@ def main(argv: list[str]) -> None:
             write_results(s, k, candidates, draws, holdout, holdout_draws, pairs, judge)
 
 
-def write_results(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws,
-                  holdout: list[Comparison], holdout_draws: Draws | None, pairs: pd.DataFrame,
-                  judge: dict) -> None:
+def write_results(
+    s: Settings,
+    k: int,
+    candidates: pd.DataFrame,
+    draws: Draws,
+    holdout: list[Comparison],
+    holdout_draws: Draws | None,
+    pairs: pd.DataFrame,
+    judge: dict,
+) -> None:
     """pairs.parquet comes last: it marks the stage as done."""
     folder = Path(s.run) / f"iter{k}"
     write_rewards(folder, candidates, draws)

@@ -54,8 +54,13 @@ STRAY = 3.
 
 # ---- the method: pure functions of tensors ----
 
-def dpo_loss(win: torch.Tensor, lose: torch.Tensor, ref_win: torch.Tensor, ref_lose: torch.Tensor,
-             beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def dpo_loss(
+    win: torch.Tensor,
+    lose: torch.Tensor,
+    ref_win: torch.Tensor,
+    ref_lose: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Equation 14 of Diffusion-DPO: denoising errors (B,) of policy and reference on winners and
     losers -> loss (B,), margin (B,)."""
     margin = -beta / 2 * ((win - ref_win) - (lose - ref_lose))
@@ -67,8 +72,13 @@ def dpo_loss(win: torch.Tensor, lose: torch.Tensor, ref_win: torch.Tensor, ref_l
 LOSSES = {"dpo": dpo_loss, "mapo": mapo_loss}
 
 
-def mixup(n_human: int, n_self: int, alpha: float, length: int,
-          rng: torch.Generator) -> torch.Tensor:
+def mixup(
+    n_human: int,
+    n_self: int,
+    alpha: float,
+    length: int,
+    rng: torch.Generator,
+) -> torch.Tensor:
     """Ranked preference mixup: which pair each of `length` places of the training trains on.
 
     Pairs 0 to n_human - 1 are human, those from n_human on self-made; a share alpha of the places
@@ -142,8 +152,15 @@ def step_randoms(s: Settings, k: int, step: int, shape: tuple[int, ...]) -> dict
     return {"t": t, "noise": noise, "posterior": posterior, "drop": drop, "flip": flip}
 
 
-def pair_errors(s: Settings, policy, ref, schedule, pairs: pd.DataFrame, randoms: dict,
-                encoder: models.PromptEncoder) -> torch.Tensor:
+def pair_errors(
+    s: Settings,
+    policy,
+    ref,
+    schedule,
+    pairs: pd.DataFrame,
+    randoms: dict,
+    encoder: models.PromptEncoder,
+) -> torch.Tensor:
     """Denoising errors (4, B) on B pairs: win, lose (with gradient), ref_win, ref_lose.
 
     `randoms` are those of these pairs. `ref` may be None: a LoRA policy is its own reference, with
@@ -177,8 +194,16 @@ def pair_errors(s: Settings, policy, ref, schedule, pairs: pd.DataFrame, randoms
 
 
 @torch.no_grad()
-def reference_error(s: Settings, policy, ref, schedule, x_0: torch.Tensor, t: torch.Tensor,
-                    noise: torch.Tensor, condition: dict) -> torch.Tensor:
+def reference_error(
+    s: Settings,
+    policy,
+    ref,
+    schedule,
+    x_0: torch.Tensor,
+    t: torch.Tensor,
+    noise: torch.Tensor,
+    condition: dict,
+) -> torch.Tensor:
     """The reference's errors (2B,); not a number for a loss without a reference."""
     if not has_reference(s):
         return torch.full((len(t),), float("nan"), device=x_0.device)
@@ -189,8 +214,16 @@ def reference_error(s: Settings, policy, ref, schedule, x_0: torch.Tensor, t: to
     return denoising_error(ref, schedule, x_0, t, noise, condition)
 
 
-def backward(s: Settings, policy, ref, schedule, pairs: pd.DataFrame, randoms: dict,
-             encoder: models.PromptEncoder, ledger: Ledger) -> torch.Tensor:
+def backward(
+    s: Settings,
+    policy,
+    ref,
+    schedule,
+    pairs: pd.DataFrame,
+    randoms: dict,
+    encoder: models.PromptEncoder,
+    ledger: Ledger,
+) -> torch.Tensor:
     """Add the gradient of the mean loss over a batch of pairs to the policy's parameters.
 
     Returns (6, B): the four errors, loss and margin of every pair. Micro-batches bound the memory,
@@ -396,8 +429,13 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
     return policy, pd.DataFrame(log)
 
 
-def log_row(values: torch.Tensor, step: int, lr: float, grad_norm: torch.Tensor,
-            seconds: float) -> dict:
+def log_row(
+    values: torch.Tensor,
+    step: int,
+    lr: float,
+    grad_norm: torch.Tensor,
+    seconds: float,
+) -> dict:
     """One line of the log from (6, B) errors, losses and margins: means over the pairs.
 
     Gains are reference minus policy error; a margin of exactly zero counts as half right.

@@ -133,8 +133,12 @@ def prompts_of_evaluation(s: Settings) -> pd.DataFrame:
     return places.merge(of_eval[["prompt_id", "prompt"]], on="prompt_id")
 
 
-def jobs_of_row(s: Settings, name: str, where: int | str,
-                of_eval: pd.DataFrame | None) -> pd.DataFrame:
+def jobs_of_row(
+    s: Settings,
+    name: str,
+    where: int | str,
+    of_eval: pd.DataFrame | None,
+) -> pd.DataFrame:
     """One line per picture of a row: what to draw, from which random seed, and where it goes.
 
     The seed depends on prompt and number alone: the same for all models, runs and run seeds. The
@@ -168,8 +172,11 @@ def jobs_of_row(s: Settings, name: str, where: int | str,
 
 # ---- compute: the table of all pictures, and what is known of each row ----
 
-def collect(results: dict[str, pd.DataFrame], of_eval: pd.DataFrame | None,
-            title: str) -> pd.DataFrame:
+def collect(
+    results: dict[str, pd.DataFrame],
+    of_eval: pd.DataFrame | None,
+    title: str,
+) -> pd.DataFrame:
     """scores.parquet: the pictures of every row, in every benchmark and style of their prompt."""
     parts = []
     for name, pictures in results.items():
@@ -239,8 +246,11 @@ def notes_on_code(s: Settings, compared: dict[str, int | str]) -> list[str]:
 
 # ---- write ----
 
-def tables_of(s: Settings, summary: pd.DataFrame,
-              facts: dict[str, dict[str, str]]) -> list[tuple[str, pd.DataFrame]]:
+def tables_of(
+    s: Settings,
+    summary: pd.DataFrame,
+    facts: dict[str, dict[str, str]],
+) -> list[tuple[str, pd.DataFrame]]:
     """(title, table): the paper's table beside ours, where it has one, and last our own."""
     tables = []
     pairs = {name: fact["human pairs"] for name, fact in facts.items()}
@@ -257,8 +267,14 @@ def tables_of(s: Settings, summary: pd.DataFrame,
     return tables
 
 
-def write_tables(s: Settings, tables: list[tuple[str, pd.DataFrame]], summary: pd.DataFrame,
-                 facts: dict[str, dict[str, str]], notes: list[str], versions: list[str]) -> str:
+def write_tables(
+    s: Settings,
+    tables: list[tuple[str, pd.DataFrame]],
+    summary: pd.DataFrame,
+    facts: dict[str, dict[str, str]],
+    notes: list[str],
+    versions: list[str],
+) -> str:
     """table.md for people, which is also returned, and table.csv for programs."""
     folder = Path(s.run) / "eval"
     parts = [f"{table.plain(title)}\n\n{table.markdown(each)}" for title, each in tables]
@@ -280,8 +296,13 @@ def judges_of(run: Path) -> list[dict]:
     return sorted(judges, key=lambda judge: judge["round"])
 
 
-def draw_figures(s: Settings, compared: dict[str, int | str], summary: pd.DataFrame,
-                 pictures: pd.DataFrame, judges: list[dict]) -> list[tuple[str, str]]:
+def draw_figures(
+    s: Settings,
+    compared: dict[str, int | str],
+    summary: pd.DataFrame,
+    pictures: pd.DataFrame,
+    judges: list[dict],
+) -> list[tuple[str, str]]:
     """curves.png and samples.png; returns (caption, path) of these and of the stages' previews."""
     run, folder = Path(s.run), Path(s.run) / "eval"
     steps = [name for name, where in compared.items() if isinstance(where, int)]
@@ -298,8 +319,12 @@ def draw_figures(s: Settings, compared: dict[str, int | str], summary: pd.DataFr
     return [(caption, path) for caption, path in figures if (run / path).exists()]
 
 
-def write_results(s: Settings, compared: dict[str, int | str], pictures: pd.DataFrame,
-                  versions: list[str]) -> None:
+def write_results(
+    s: Settings,
+    compared: dict[str, int | str],
+    pictures: pd.DataFrame,
+    versions: list[str],
+) -> None:
     """table.md, table.csv, the curves, the sheet of samples, the walk, and the page."""
     run, folder = Path(s.run), Path(s.run) / "eval"
     summary = table.summarise(pictures, scores.names_of(s), "base", "Iter0")
