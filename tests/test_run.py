@@ -128,6 +128,20 @@ def test_a_run_keeps_the_stages_that_made_it(mini):
     assert len(kept) == 5
 
 
+def test_a_table_says_whose_stages_differ(mini_copy, tmp_path):
+    """A row that another run has made with an edited stage 04, and one with the same stages."""
+    for name in ("edit", "same"):
+        shutil.copytree(mini_copy, tmp_path / name)
+    with (tmp_path / "edit/code/04_train_dpo.py").open("a") as script:
+        script.write("# another loss\n")
+
+    rows = [f"{name}={tmp_path / name}/iter1/unet" for name in ("edit", "same")]
+    assert call("05", mini_copy, "--only", "base", "--row", rows[0], "--row", rows[1]) is None
+    told = (mini_copy / "eval/table.md").read_text()
+    assert "row edit: made by other stages than this run's: 04_train_dpo.py" in told
+    assert "row same: made by other stages" not in told
+
+
 def test_nothing_half_written_is_left(mini):
     assert not list(mini.rglob("*.tmp"))
     assert not list(mini.rglob("checkpoint*"))
