@@ -28,6 +28,9 @@ DRAW_COLUMNS = ("draw", "t", "error", "anchor_error", "reward")
 TRAIN_LOG_COLUMNS = ("step", "loss", "win_error_gain", "lose_error_gain", "margin", "accuracy",
                      "lr", "grad_norm", "seconds")
 
+# What Pillow may try on a picture. Its other readers start programs (EPS) or read other files.
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
+
 
 class UserError(Exception):
     """Something the user can put right.
@@ -124,6 +127,45 @@ def atomic(path: Path):
         # Where the writing failed, nothing stays behind.
         if temporary.is_file():
             temporary.unlink()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and complete, as far as its format's own marks tell.
+
+    Looked at are a safetensors file's header and length, the end of a PNG, and both ends of a
+    Parquet file; of any other format only that it is not empty.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            size = file.seek(0, os.SEEK_END)
+            if path.suffix == ".safetensors":
+                return is_whole_safetensors(file, int.from_bytes(start, "little"), size)
+            file.seek(max(0, size - 12))
+            end = file.read()
+    except OSError:
+        return False
+
+    if path.suffix == ".png":
+        return start == b"\x89PNG\r\n\x1a\n" and end == b"\0\0\0\0IEND\xaeB`\x82"
+    if path.suffix == ".parquet":
+        return start.startswith(b"PAR1") and end.endswith(b"PAR1") and size > 12
+    return size > 0
+
+
+def is_whole_safetensors(file, header_length: int, size: int) -> bool:
+    """Whether an open safetensors file is as long as its header says."""
+    if not 0 < header_length <= size - 8:
+        return False
+    file.seek(8)
+    try:
+        header = json.loads(file.read(header_length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items()
+                if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return False
+    return size == 8 + header_length + max(ends, default=0)
 
 
 def write_text(text: str, path: Path) -> None:
@@ -260,7 +302,7 @@ def open_image(path: Path, table: Path, row: int):
     """
     from PIL import Image
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
             return image.convert("RGB")
     except Exception as error:
         raise UserError(
