@@ -10,15 +10,24 @@ import contextlib
 import hashlib
 import json
 import os
+import reprlib
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from numbers import Integral
 from pathlib import Path
 
 import pandas as pd
+
+from lib.code import fingerprint
+from lib.files import (atomic, is_whole, is_whole_model, place_folder, save_tensors,  # noqa: F401
+                       settle, write_json, write_text)
+from lib.lock import hold
+from lib.program import UserError, told_in_one_line
 
 # The columns that a reader may ask of the tables that stages exchange (lib/README.md has them all).
 PAIR_COLUMNS = ("pair_id", "prompt", "win", "lose", "source")
@@ -32,11 +41,12 @@ TRAIN_LOG_COLUMNS = ("step", "loss", "win_error_gain", "lose_error_gain", "margi
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
 
 
-class UserError(Exception):
-    """Something the user can put right.
-
-    The message names the file or setting and the remedy, in one line.
-    """
+def shown(value) -> str:
+    """A value for a message, in one line: a picture's bytes or a page of text only in part."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    text = short.repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def run_stage(main: Callable[[list[str]], None]) -> None:
@@ -44,17 +54,11 @@ def run_stage(main: Callable[[list[str]], None]) -> None:
 
     A UserError becomes one line and exit code 2, Ctrl-C a hint and exit code 130.
     """
-    try:
+    with told_in_one_line():
         # accelerate launch and torchrun give each of their processes its number.
         if "LOCAL_RANK" in os.environ:
             join_processes()
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues from here", file=sys.stderr)
-        sys.exit(130)
 
 
 # ---- several processes, one stage ----
@@ -85,7 +89,8 @@ def is_main() -> bool:
 
 
 def wait() -> None:
-    """Go on when all processes have come to this line."""
+    """Go on when all processes have come to this line, and the disk has their files."""
+    settle()
     process_state().wait_for_everyone()
 
 
@@ -109,80 +114,14 @@ def bar(items: Iterable, title: str, unit: str, **options):
     return tqdm(items, desc=title, unit=unit, disable=silent, **options)
 
 
-# ---- files that are whole or not there ----
-
-@contextlib.contextmanager
-def atomic(path: Path):
-    """Yield a temporary path beside `path`, which is renamed to `path` on success."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    # Two processes that write the same file do not disturb each other.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        # Where the writing failed, nothing stays behind.
-        if temporary.is_file():
-            temporary.unlink()
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file is there and complete, as far as its format's own marks tell.
-
-    Looked at are a safetensors file's header and length, the end of a PNG, and both ends of a
-    Parquet file; of any other format only that it is not empty.
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-            size = file.seek(0, os.SEEK_END)
-            if path.suffix == ".safetensors":
-                return is_whole_safetensors(file, int.from_bytes(start, "little"), size)
-            file.seek(max(0, size - 12))
-            end = file.read()
-    except OSError:
-        return False
-
-    if path.suffix == ".png":
-        return start == b"\x89PNG\r\n\x1a\n" and end == b"\0\0\0\0IEND\xaeB`\x82"
-    if path.suffix == ".parquet":
-        return start.startswith(b"PAR1") and end.endswith(b"PAR1") and size > 12
-    return size > 0
-
-
-def is_whole_safetensors(file, header_length: int, size: int) -> bool:
-    """Whether an open safetensors file is as long as its header says."""
-    if not 0 < header_length <= size - 8:
-        return False
-    file.seek(8)
-    try:
-        header = json.loads(file.read(header_length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items()
-                if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return False
-    return size == 8 + header_length + max(ends, default=0)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text file, in UTF-8."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(value: dict, path: Path) -> None:
-    """Write a value as JSON for people, one entry a line."""
-    write_text(json.dumps(value, indent=1) + "\n", path)
-
+# ---- tables ----
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as Parquet, without its index."""
+    settle()
     with atomic(path) as temporary:
         table.to_parquet(temporary, index=False)
+    settle()
 
 
 def read_table(path: Path, columns: Iterable[str], made_by: str) -> pd.DataFrame:
@@ -212,6 +151,17 @@ def read_table(path: Path, columns: Iterable[str], made_by: str) -> pd.DataFrame
     return table
 
 
+def refuse_other_kinds(path: Path, table: pd.DataFrame, made_by: str, texts: Iterable[str],
+                       numbers: Iterable[str] = ()) -> None:
+    """UserError if a cell of the columns `texts` is no text, or one of `numbers` no whole number."""
+    for columns, kind, name in ((texts, str, "a text"), (numbers, Integral, "a whole number")):
+        for column in columns:
+            for row, value in enumerate(table[column], start=1):
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise UserError(f"{path}, row {row}: {column} {shown(value)} is not {name}; "
+                                    f"correct it, or delete {path} and run {made_by} again")
+
+
 def inside(root: Path, relative: str, table: Path, row: int) -> Path:
     """The file that a table's row (from 1) names, which must lie within the folder `root`."""
     # Resolved, so that neither ".." nor a link leads outside.
@@ -224,8 +174,10 @@ def inside(root: Path, relative: str, table: Path, row: int) -> Path:
     return path
 
 
-def keep_code(run: Path, script: str) -> None:
-    """Keep the stage script that works on this run, as it is now, in <run>/code/."""
+def begin(run: Path, script: str) -> None:
+    """Begin to work on a run: lock its folder, and keep the stage script in <run>/code/."""
+    hold(run, script)
+
     # Users edit stages: the script of today may not be the one that made the run.
     source = Path(script)
     with atomic(Path(run) / "code" / source.name) as temporary:
@@ -272,12 +224,7 @@ def save_latent(tensors: dict, image: Path, mirrored: bool = False) -> None:
 
     `tensors` has its `mean` and, for a VAE posterior, its `std`.
     """
-    from safetensors.torch import save_file
-
-    # The file format knows contiguous tensors only.
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic(latent_path(image, mirrored)) as temporary:
-        save_file(contiguous, temporary)
+    save_tensors(tensors, latent_path(image, mirrored))
 
 
 def load_latent(image: Path, mirrored: bool = False) -> dict:
@@ -287,23 +234,20 @@ def load_latent(image: Path, mirrored: bool = False) -> dict:
 
 
 def save_image(picture, path: Path) -> None:
-    """Write a PIL image as PNG or, if the name says so, as JPEG of high quality."""
-    options = {"format": "PNG", "compress_level": 1}
-    if path.suffix == ".jpg":
-        options = {"format": "JPEG", "quality": 95}
+    """Write a PIL image as PNG."""
     with atomic(path) as temporary:
-        picture.save(temporary, **options)
+        picture.save(temporary, format="PNG", compress_level=1)
 
 
-def open_image(path: Path, table: Path, row: int):
-    """An RGB PIL image, read to its end.
+def open_image(path: Path, table: Path, row: int, mode: str = "RGB"):
+    """A PIL image of this mode ("" is the file's own), read to its end.
 
     UserError: it cannot be read; the message names the row (from 1) of the table that names it.
     """
     from PIL import Image
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as image:
-            return image.convert("RGB")
+            return image.convert(mode) if mode else image.copy()
     except Exception as error:
         raise UserError(
             f"{table}, row {row}: cannot read the image {path} ({error}); "
@@ -311,7 +255,31 @@ def open_image(path: Path, table: Path, row: int):
         ) from None
 
 
+def open_made(path: Path, mode: str = "RGB"):
+    """A picture that the run itself has made, as `open_image` opens it.
+
+    UserError: it cannot be read; the message says what makes it again.
+    """
+    from PIL import Image
+    try:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
+            return image.convert(mode) if mode else image.copy()
+    except Exception as error:
+        # A stage that is finished looks at its pictures again only where its table is missing.
+        folder = Path(path).parent.parent
+        table = folder / ("pairs.parquet" if folder.name == "seed" else "candidates.parquet")
+        both = f"it and {table}" if table.exists() else "it"
+        raise UserError(
+            f"{path}: cannot read the image ({error}); delete {both}, "
+            f"and the same command makes it again"
+        ) from None
+
+
 # ---- the ledger ----
+
+# How old the row of a running stage may be that the next one enters if it is killed.
+OPEN_ROW_SECONDS = 5
+
 
 class Ledger:
     """What a stage cost.
@@ -321,11 +289,13 @@ class Ledger:
         with Ledger(run, "02_generate", 1, device) as ledger:
             ledger.images += 8
 
-    A stage that was interrupted leaves a row too: its work was paid for.
+    A stage that was interrupted leaves a row too: its work was paid for. Of one that was killed the
+    row is in ledger.open.json, some seconds old, and the next stage enters it.
     """
 
     def __init__(self, run: Path, stage: str, iteration: int | None, device: str):
         self.path = Path(run) / "ledger.parquet"
+        self.open_path = Path(run) / "ledger.open.json"
         self.stage = stage
         self.iteration = iteration
         self.device = device
@@ -337,6 +307,11 @@ class Ledger:
 
     def __enter__(self):
         self.started = time.perf_counter()
+        if is_main():
+            self.enter_killed_stage()
+            self.ended = threading.Event()
+            self.thread = threading.Thread(target=self.keep_open_row, daemon=True)
+            self.thread.start()
         return self
 
     def __exit__(self, error, *_):
@@ -349,7 +324,14 @@ class Ledger:
         if not is_main():
             return
 
-        row = {
+        self.ended.set()
+        self.thread.join()
+        self.append(self.row())
+        self.open_path.unlink(missing_ok=True)
+
+    def row(self) -> dict:
+        """What the stage has cost so far."""
+        return {
             "stage": self.stage,
             "iter": self.iteration,
             "seconds": time.perf_counter() - self.started,
@@ -358,13 +340,53 @@ class Ledger:
             "optimizer_steps": self.optimizer_steps,
             "peak_memory_bytes": self.peak_memory(),
             "device": self.device,
+            "code": fingerprint(f"{self.stage}.py"),
         }
 
+    def append(self, row: dict) -> None:
+        """Write the ledger with one more row."""
         # Stages 01 and 05 belong to no round: a column of integers that may be empty.
         table = pd.DataFrame([row]).astype({"iter": "Int64"})
-        if self.path.exists():
-            table = pd.concat([pd.read_parquet(self.path), table], ignore_index=True)
+        before = self.read()
+        if before is not None:
+            table = pd.concat([before, table], ignore_index=True)
         write_table(table, self.path)
+
+    def read(self) -> pd.DataFrame | None:
+        """The ledger so far; one that cannot be read is set aside."""
+        if not self.path.exists():
+            return None
+        try:
+            return pd.read_parquet(self.path)
+        except Exception:
+            aside = self.path.with_name("ledger.damaged.parquet")
+            os.replace(self.path, aside)
+            print(f"{self.path}: damaged, begun anew (the old one is {aside})", file=sys.stderr)
+            return None
+
+    def keep_open_row(self) -> None:
+        """Keep the row in a file, as long as the stage runs."""
+        # A killed stage's row is entered only if the ledger has as many rows as at its start.
+        before = self.read()
+        content = {"rows": 0 if before is None else len(before)}
+        while not self.ended.is_set():
+            content["row"] = self.row()
+            with contextlib.suppress(OSError), atomic(self.open_path) as temporary:
+                temporary.write_text(json.dumps(content))
+            self.ended.wait(OPEN_ROW_SECONDS)
+
+    def enter_killed_stage(self) -> None:
+        """Append the row that a killed stage has left."""
+        try:
+            content = json.loads(self.open_path.read_bytes())
+            rows, row = content["rows"], content["row"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+
+        before = self.read()
+        if isinstance(row, dict) and rows == (0 if before is None else len(before)):
+            self.append(row)
+        self.open_path.unlink()
 
     def peak_memory(self) -> int:
         """Peak memory in bytes: of the card on CUDA, else of this process."""
@@ -387,7 +409,11 @@ def read_prompts(run: Path, split: str) -> pd.DataFrame:
     UserError: a prompt stands in two splits or among the human pairs, or the split has none.
     """
     path = Path(run) / "prompts.parquet"
-    table = read_table(path, PROMPT_COLUMNS, "01_seed.py")
+    made_by = "01_seed.py"
+    if not (Path(run) / "seed").exists():
+        made_by = "05_eval.py"
+    table = read_table(path, PROMPT_COLUMNS, made_by)
+    refuse_other_kinds(path, table, made_by, ("prompt", "split"), numbers=("prompt_id",))
     refuse_repeated_prompts(path, table)
     refuse_prompts_of_pairs(path, table, Path(run) / "seed" / "pairs.parquet")
 
@@ -399,7 +425,14 @@ def read_prompts(run: Path, split: str) -> pd.DataFrame:
 
 
 def refuse_repeated_prompts(path: Path, table: pd.DataFrame) -> None:
-    """UserError if a prompt stands in the table twice: it would belong to two splits."""
+    """UserError if a prompt or a prompt_id stands in the table twice: it would be in two splits."""
+    if table.prompt_id.duplicated().any():
+        row = table.prompt_id.duplicated().argmax()
+        raise UserError(
+            f"{path}, row {row + 1}: prompt_id {table.prompt_id[row]} stands there already; "
+            f"correct it, or delete {path} and run the same command again, which makes it again"
+        )
+
     repeated = table[table.prompt.duplicated(keep=False)]
     if repeated.empty:
         return
@@ -435,6 +468,7 @@ def read_pairs(run: Path, relative: str, made_by: str) -> pd.DataFrame:
     """
     path = Path(run) / relative
     table = read_table(path, PAIR_COLUMNS, made_by)
+    refuse_other_kinds(path, table, made_by, texts=("pair_id", "prompt", "win", "lose"))
     for row, pair in enumerate(table.itertuples(), start=1):
         for name in (pair.win, pair.lose):
             image = inside(run, name, path, row)

@@ -8,6 +8,7 @@ own, as if it had been started alone; its exit code comes back on file descripto
     python -m lib.warm <stages 3>codes
 """
 
+import contextlib
 import os
 import runpy
 import signal
@@ -20,6 +21,11 @@ import pandas  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 
 import lib.models  # noqa: F401
+from lib.program import answer_with, end_at_once
+
+# The stage that is at work, and the exit code where this process is to end after it.
+child = 0
+stopping = 0
 
 
 def run_script(script: str, arguments: list[str]) -> int:
@@ -41,8 +47,8 @@ def run_script(script: str, arguments: list[str]) -> int:
 
 
 def in_child(script: str, arguments: list[str]) -> None:
-    """The life of a forked process: a stage, which Ctrl-C may interrupt."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """The life of a forked process: a stage, which signals may end."""
+    answer_with(end_at_once)
 
     # Only the parent tells exit codes.
     os.close(3)
@@ -54,10 +60,23 @@ def in_child(script: str, arguments: list[str]) -> None:
     os._exit(code)
 
 
+def hand_on(number: int, frame) -> None:
+    """SIGTERM of the driver: the stage ends, and then this process."""
+    global stopping
+    stopping = 128 + number
+    if child == 0:
+        sys.exit(stopping)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, number)
+
+
 def main() -> None:
     """Read stages from standard input; run each, and tell its exit code."""
+    global child
     # Ctrl-C is for the stage. This process ends with the driver, which then writes no more.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, hand_on)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     # Newer Pythons warn of threads at a fork. Those here are of libraries that know how to fork.
     warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
@@ -69,7 +88,9 @@ def main() -> None:
             words.append(word)
             continue
 
-        # An empty line: script and arguments are complete.
+        # An empty line: script and arguments are complete. The driver may have been killed since.
+        if "SAIL_DRIVER" in os.environ and str(os.getppid()) != os.environ["SAIL_DRIVER"]:
+            return
         child = os.fork()
         if child == 0:
             in_child(words[0], words[1:])
@@ -80,8 +101,11 @@ def main() -> None:
             code = 128 - code
         try:
             os.write(3, f"{code}\n".encode())
-        except BrokenPipeError:                        # Ctrl-C: the driver is gone already
+        except BrokenPipeError:                        # the driver is gone already
             return
+        if stopping:
+            sys.exit(stopping)
+        child = 0
         words = []
 
 

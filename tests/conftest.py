@@ -507,7 +507,7 @@ class Browser:
     ])
 
     KEY_CODES = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39,
-                 "ArrowDown": 40}
+                 "ArrowDown": 40, "Backspace": 8}
 
     def __init__(self, program: str, profile: Path):
         flags = [*self.FLAGS, f"--user-data-dir={profile}"]
@@ -556,8 +556,10 @@ class Browser:
         text, self.buffer = self.buffer.split(b"\0", 1)
         return json.loads(text)
 
-    def open(self, path: Path, width=1280, height=900, dark=False, fragment="") -> float:
-        """Load a page at a size; returns the seconds until its scripts are through."""
+    def open(self, page: Path | str, width=1280, height=900, dark=False, fragment="") -> float:
+        """Load a page at a size: a file, or an address. Returns the seconds until its scripts are
+        through."""
+        address = page if isinstance(page, str) else page.resolve().as_uri()
         self.command("Emulation.setDeviceMetricsOverride", width=width, height=height,
                      deviceScaleFactor=1, mobile=width < 800)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -566,8 +568,8 @@ class Browser:
         self.events.clear()
 
         start = time.perf_counter()
-        self.command("Page.navigate", url=path.resolve().as_uri() + fragment)
-        while not self.js("document.readyState === 'complete' && location.protocol === 'file:'"):
+        self.command("Page.navigate", url=address + fragment)
+        while not self.js("document.readyState === 'complete' && location.protocol !== 'about:'"):
             assert time.perf_counter() - start < 20
             time.sleep(.02)
         return time.perf_counter() - start

@@ -46,7 +46,7 @@ TABLES = {
     "prompts.parquet": "prompt_id prompt split",
     "benchmarks.parquet": "benchmark style prompt_id",
     "ledger.parquet": "stage iter seconds images unet_forwards optimizer_steps peak_memory_bytes "
-                      "device",
+                      "device code",
     "eval/scores.parquet": "model benchmark style prompt_id prompt seed image alignment aesthetics "
                            "utility",
     "iter0/train_log.parquet": LOG,
@@ -327,22 +327,30 @@ def test_the_ledger_counts_the_work_of_both_processes(mini, of_two):
 def driven(tmp_path):
     """drive(alpha): the stages that the driver asks for in tmp_path/run, which has its Iter0.
 
-    A stand-in for python prints what it is asked; SAIL_LAUNCH stands before every stage.
+    A stand-in for python prints what it is asked; SAIL_LAUNCH stands before every stage. The run
+    folder may have another name.
     """
     run, python = tmp_path / "run", tmp_path / "python"
     (run / "iter0/unet").mkdir(parents=True)
+    (run / "iter0/unet/config.json").write_text("{}")
+    save_file({"weight": torch.zeros(1)}, run / "iter0/unet" / UNET_FILE)
     python.write_text('#!/bin/sh\n'
-                      'if [ "$1" = -m ]; then echo "2 $ALPHA $RUN"; else echo "$@"; fi\n')
+                      'case "$1 $2" in\n'
+                      '"-m lib.settings") printf "2\\n%s\\n%s/\\n" "$ALPHA" "$RUN";;\n'
+                      '"-m lib.again") ;;\n'
+                      f'"-m "*) exec "{sys.executable}" "$@";;\n'
+                      '*) echo "$@";;\n'
+                      'esac\n')
     python.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"SAIL_ACTIVE": "1", "PATH": path, "RUN": str(run),
                         "SAIL_LAUNCH": "python launch -n 2"}
 
-    def drive(alpha: str) -> list[str]:
-        done = subprocess.run([ROOT / "run_sail.sh", "tiny"], env=env | {"ALPHA": alpha},
-                              capture_output=True, text=True)
-        folder, *lines = done.stdout.splitlines()
-        assert folder == f"run folder: {run}"
+    def drive(alpha: str, folder: str = str(run)) -> list[str]:
+        done = subprocess.run([ROOT / "run_sail.sh", "tiny"], cwd=tmp_path, capture_output=True,
+                              env=env | {"ALPHA": alpha, "RUN": folder}, text=True)
+        first, *lines = done.stdout.splitlines()
+        assert first == f"run folder: {folder}"
         return lines
 
     return drive
@@ -353,14 +361,14 @@ def launched(run: Path, *stages: str) -> list[str]:
     lines = []
     for stage in stages:
         number, *arguments = stage.split()
-        script = next(ROOT.glob(f"{number}_*.py"))
-        lines.append(" ".join(["launch -n 2", str(script), *arguments, "--run", str(run)]))
+        script = next(ROOT.glob(f"{number}_*.py"), ROOT / f"lib/{number}.py")
+        lines.append(" ".join(["launch -n 2", str(script), *arguments, f"--run={run}"]))
     return lines
 
 
 def test_the_driver_launches_every_stage_that_is_not_done(driven, tmp_path):
     assert driven("0.25") == launched(
-        tmp_path / "run", "01", "02 --iter 1", "03 --iter 1", "04 --iter 1",
+        tmp_path / "run", "01", "02 --iter 1", "crossfit", "03 --iter 1", "04 --iter 1",
         "02 --iter 2", "03 --iter 2", "04 --iter 2", "05")
 
 
@@ -368,11 +376,60 @@ def test_human_pairs_alone_need_no_candidates(driven, tmp_path):
     assert driven("0.0") == launched(tmp_path / "run", "01", "04 --iter 1", "04 --iter 2", "05")
 
 
+@pytest.mark.parametrize("folder", ["-delete", " a  b ", "--run", "*", "."])
+def test_no_name_of_a_run_folder_is_an_option(driven, tmp_path, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    bystanders = [tmp_path / ".0001.png.4711.tmp", tmp_path / "mine/.1.png.4711.sail.tmp"]
+    for path in bystanders:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert driven("0.0", folder) == launched(folder, "01", "04 --iter 0", "04 --iter 1",
+                                             "04 --iter 2", "05")
+    assert all(path.exists() for path in bystanders)
+
+
+# What a killed stage may leave, and what others may have put beside it.
+LEFT = {
+    "iter0/.0001.png.4711.sail.tmp": False,
+    "iter1/images/.a b.png.7.sail.tmp": False,
+    ".config.json.1.sail.tmp": False,
+    "iter1/.pairs.parquet.1.tmp": True,
+    "iter1/pairs.parquet.1.sail.tmp": True,
+    "mine/.0001.png.4711.sail.tmp": True,
+    "elsewhere/.0001.png.4711.sail.tmp": True,
+}
+
+
 def test_the_driver_sweeps_up_what_a_kill_left_half_written(driven, tmp_path):
-    half = tmp_path / "run/iter0/.0001.png.4711.tmp"
-    half.touch()
-    driven("0.25")
-    assert not half.exists()
+    run = tmp_path / "run"
+    for name in LEFT:
+        (run / name).parent.mkdir(exist_ok=True, parents=True)
+        (run / name).touch()
+    (run / "elsewhere").rename(tmp_path / "elsewhere")
+    (run / "iter2").symlink_to(tmp_path / "elsewhere")
+    (run / "elsewhere").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "linked").symlink_to(run)
+
+    driven("0.25", str(tmp_path / "linked"))
+    assert {name: (run / name).exists() for name in LEFT} == LEFT
+
+
+RESULTS = ["prompts.parquet", "iter1/candidates.parquet", "iter2/pairs.parquet",
+           "iter1/unet/diffusion_pytorch_model.safetensors", "iter0/unet/config.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", bytes(1000)])
+def test_a_damaged_result_is_made_again(mini_copy, capsys, content):
+    from lib.lock import tidy
+    tidy(mini_copy)
+    assert capsys.readouterr().err == ""
+    for name in RESULTS:
+        (mini_copy / name).write_bytes(content)
+    tidy(mini_copy)
+    assert capsys.readouterr().err.count("damaged, it is made again\n") == len(RESULTS)
+    for name in RESULTS:
+        assert not (mini_copy / name).exists()
+    assert (mini_copy / "iter2/unet").exists()
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(mini):
@@ -384,10 +441,10 @@ def test_a_refusal_is_one_line_and_exit_code_2(mini):
 
 def test_a_stage_that_fails_stops_the_driver(mini_copy):
     shutil.rmtree(mini_copy / "iter2/unet")
-    (mini_copy / "iter2/pairs.parquet").write_bytes(b"not parquet")
+    edit(mini_copy / "iter2/pairs.parquet", lambda t: t.drop(columns="win"))
     done = driver(mini_copy)
     assert done.returncode == 2
-    refused(done.stderr.strip(), "error: ", "iter2/pairs.parquet", "not a readable Parquet")
+    refused(done.stderr.strip(), "error: ", "iter2/pairs.parquet", "'win' is missing")
     assert "05 eval" not in done.stdout
 
 
@@ -493,7 +550,7 @@ CANDIDATE_FAULTS = {
          ["row 3", "leaves the run folder"]),
     "a picture without a latent":
         (lambda t: t.replace({"image": {t.image[2]: "iter1/images/other.png"}}),
-         ["row 3", "no latent", "02_generate.py"]),
+         ["row 3", "no whole latent", "02_generate.py"]),
     "a prompt with fewer candidates":
         (lambda t: t.drop(index=5), ["same number of candidates", "02_generate.py"]),
     "no rows":

@@ -14,7 +14,12 @@ SCRIPTS = {
     "broken": ("1 / 0", 1),
     "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137),
     "after": ("import lib.models; print('goes on')", 0),
+    # SIGTERM of the driver is for the stage, and then nothing more begins.
+    "stopped": ("import os, signal, time\n"
+                "os.kill(os.getppid(), signal.SIGTERM)\n"
+                "time.sleep(60)", 143),
 }
+NEVER = ("print('goes on after its end')", 0)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,7 @@ def warm(tmp_path_factory):
     """(what was printed, the exit codes) of all scripts in one warm process."""
     folder = tmp_path_factory.mktemp("warm")
     lines = ""
-    for name, (code, _) in SCRIPTS.items():
+    for name, (code, _) in (*SCRIPTS.items(), ("never", NEVER)):
         (folder / f"{name}.py").write_text(code)
         lines += f"{folder}/{name}.py\n--run\na b\n\n"
 
@@ -44,3 +49,8 @@ def test_a_script_gets_its_arguments_whole(warm):
 
 def test_a_killed_script_leaves_the_next_one_alone(warm):
     assert "goes on" in warm[0]
+
+
+def test_a_driver_that_is_stopped_stops_its_stage_alone(warm):
+    """By a line of the stage, and no further stage."""
+    assert "after its end" not in warm[0]
