@@ -1,29 +1,36 @@
 """Every setting of a run: its meaning, its value in the three presets, and the paper's.
 
 The first stage saves a run's settings in its config.json; all others read them there. Settings that
-are given again must agree with the saved ones, except those marked `free`: they say how to compute,
-never what.
+are given again must agree with the saved ones once the run has made something, except those marked
+`free`: they say how to compute or to evaluate, never what the run trains. What a free setting was
+given last holds from then on.
 """
 
 import argparse
 import dataclasses
+import difflib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lib.lock import check_folder
 from lib.run import UserError, run_stage, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# What can rank candidates.
-REWARDS = ("implicit", "world", "world-aesthetics", "pickscore", "hpsv2", "hpsv2.1", "imagereward",
-           "aesthetics")
+# The learned scores of stage 05, and what can rank candidates.
+SCORES = ("pickscore", "hpsv2", "hpsv2.1", "imagereward", "aesthetics")
+REWARDS = ("implicit", "world", "world-aesthetics", *SCORES)
 
 
 def setting(help: str, tiny, sd15=None, sdxl=None, paper: str = "", free: bool = False,
@@ -79,8 +86,8 @@ class Settings:
     # ---- 01: human pairs and prompts ----
     # Held-out pairs are not in the paper.
     pairs: str = setting(
-        "human pairs: world, a hub dataset id, a folder of Parquet shards, or a CSV, JSONL or "
-        "Parquet file with prompt, win, lose",
+        "human pairs: world, a folder of labels (./run_sail.sh label), a hub dataset id, a folder "
+        "of Parquet shards, or a CSV, JSONL or Parquet file with prompt, win, lose",
         "world", "liuhuohuo2/pick-a-pic-v2", paper="Pick-a-Pic v2")
     prompts: str = setting(
         "prompts of the rounds: world, pairs (the pair source's other prompts), or a file of "
@@ -116,7 +123,7 @@ class Settings:
         "sampler steps",
         10, 50, 20, paper="SD1.5 50, SDXL 20")
     cfg_scale: float = setting(
-        "classifier-free guidance scale; 1 is off",
+        "classifier-free guidance scale; 1 or less is off",
         2., 7.5, 5., paper="SD1.5 7.5, SDXL 5")
 
     # ---- 03: ranking ----
@@ -177,8 +184,8 @@ class Settings:
         "images per evaluation prompt and model",
         2, 1, paper="1")
     scores: str = setting(
-        "world, or a list with commas of pickscore, hpsv2, hpsv2.1, imagereward, aesthetics",
-        "world", "pickscore,imagereward,aesthetics,hpsv2",
+        "world, none, or a list with commas of pickscore, hpsv2, hpsv2.1, imagereward, aesthetics",
+        "world", "pickscore,imagereward,aesthetics,hpsv2", free=True,
         paper="pickscore,imagereward,aesthetics,hpsv2")
     score_weights: str = setting(
         "weights of the scores, where not the published ones: name=path with commas",
@@ -214,7 +221,7 @@ class Settings:
 
     # ---- the machine ----
     device: str = setting(
-        "auto, cpu, cuda or mps",
+        "auto, cpu, mps, cuda, or one card such as cuda:1",
         "auto", free=True)
     dtype: str = setting(
         "auto (bf16 on CUDA, float32 elsewhere), float32, bfloat16 or float16",
@@ -223,17 +230,17 @@ class Settings:
         "images sampled at once",
         64, 32, 8, free=True)
     rank_batch: int = setting(
-        "noised latents per forward in ranking, of whole prompts: at least the N x draws of one",
+        "most noised latents per forward in ranking; whole prompts where N x draws of one fit",
         320, 80, 20, free=True)
     micro_batch: int = setting(
-        "pairs per forward in training; divides batch, the rest is accumulated",
+        "most pairs per forward in training; a batch is divided evenly, and accumulated",
         24, 8, 2, free=True)
     grad_checkpoint: str = setting(
         "recompute activations in the backward pass: less memory, a third more time",
         "off", free=True, choices=("off", "on"))
     compile: str = setting(
-        "torch.compile the frozen UNets, which sample, rank and are the reference (minutes as "
-        "a stage starts)",
+        "torch.compile the UNets that sample and rank (minutes as a stage starts); a reference is "
+        "computed as its policy is",
         "off", free=True, choices=("off", "on"))
     checkpoint_every: int = setting(
         "optimizer steps between checkpoints to resume from",
@@ -259,13 +266,40 @@ ITER = {
     "--iter": {"type": int, "required": True, "help": "the round: 1, 2, ... (04: 0 is Iter0)"},
 }
 
+# The driver's own arguments: what they do is in lib/again.py.
+RUN_ARGUMENTS = {
+    "--from": {"default": "", "metavar": "RUN",
+               "help": "a new run that goes on from another one's human pairs and Iter0, with its "
+                       "settings but for those that are given"},
+    "--redo-from": {"default": "", "metavar": "WHERE",
+                    "help": "make again what the run has from seed, iter0, iter1, ... on"},
+}
+
 # Runs of earlier versions: the name that the base model had, and settings that are no more, with
 # the value at which they did what is done now.
 OLD_MODELS = {"lib/tiny": "lib/world/base"}
 RETIRED = {"timesteps": "uniform", "min_margin": 0.}
 
-# What a run folder may have before a stage has made anything in it.
-NOT_YET_MADE = {"config.json", "ledger.parquet", "log.txt", "code"}
+# What a run folder may have before a stage has finished anything in it: what tells of the run, and
+# what a stage 01 that was refused or stopped leaves, which writes prompts.parquet last.
+NOT_YET_MADE = re.compile(r"\..*|config\.json|ledger\..*|log\.txt|error\.txt|code", re.DOTALL)
+OF_STAGE_01 = ("seed", "embeds", "benchmarks.parquet")
+
+# What those leavings depend on: with another value of these, stage 01 makes them again.
+BEHIND_STAGE_01 = ("seed", "iters", "model", "vae", "resolution", "pairs", "prompts",
+                   "eval_prompts", "seed_pairs", "holdout_pairs", "iter_prompts", "label_noise",
+                   "sampler", "sample_steps", "cfg_scale", "dtype")
+
+# Arguments of single stages, which the driver does not take.
+OF_STAGES = {
+    "--iter": "02_generate.py, 03_rank.py and 04_train_dpo.py",
+    "--row": "05_eval.py",
+    "--drop": "05_eval.py",
+    "--only": "05_eval.py",
+    "--rivals": "05_eval.py",
+    "--images": "05_eval.py",
+    "--scores-only": "05_eval.py",
+}
 
 # The packages whose versions a result may depend on.
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "open_clip_torch", "pandas",
@@ -275,6 +309,26 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "open_clip_torch
 def has_reference(s: Settings) -> bool:
     """Whether the loss compares the policy with a reference model."""
     return s.loss != "mapo"
+
+
+def needs_prompts(s: Settings) -> bool:
+    """Whether the rounds draw candidates, for which they need prompts of their own."""
+    return s.iters > 0 and s.alpha > 0
+
+
+def micro_batch_of(s: Settings, processes: int) -> int:
+    """Pairs per forward so that every process has as many forwards as the others.
+
+    It is the setting's own number, or the next smaller one that divides the batch: what the batch
+    trains on stays the same. UserError: it does not divide among the processes.
+    """
+    if s.batch % processes:
+        raise UserError(
+            f"--batch {s.batch} does not divide among {processes} processes; give a multiple of "
+            f"{processes}, or start fewer"
+        )
+    of_process = s.batch // processes
+    return max(size for size in range(1, s.micro_batch + 1) if of_process % size == 0)
 
 
 def round_prompts(s: Settings, k: int) -> int:
@@ -291,7 +345,19 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser, whose errors are the project's: one line, and the remedy."""
 
     def error(self, message):
-        raise UserError(f"{message}; --help lists every setting")
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown is None:
+            raise UserError(f"{message}; --help lists every setting")
+
+        # A stage's own argument that came to another program, or perhaps a slip.
+        name = unknown[1]
+        if name in OF_STAGES:
+            raise UserError(f"{name} is no setting of a run, it belongs to {OF_STAGES[name]}; give "
+                            f"it there, with the run's --run")
+        hint = ""
+        for near in difflib.get_close_matches(name, map(flag, FIELDS), n=1):
+            hint = f"did you mean {near}? "
+        raise UserError(f"{message}; {hint}--help lists every setting")
 
 
 def flag(name: str) -> str:
@@ -351,121 +417,371 @@ def require(condition, message: str) -> None:
 
 
 def check(s: Settings) -> Settings:
-    """Refuse values that could only fail later."""
+    """Refuse values that could only fail later, as far as the settings alone can tell.
+
+    What takes a look at models, files and the device is in lib/start.py and lib/preflight.py.
+    """
     check_bounds(s)
 
     require(
-        s.candidates >= 2,
-        f"--candidates {s.candidates}: a pair needs at least 2",
-    )
-    require(
-        s.batch % s.micro_batch == 0,
-        f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}",
-    )
-    require(
-        0 <= s.rank_t_min < s.rank_t_max <= 1000,
+        s.rank_t_min < s.rank_t_max,
         f"--rank-t-min {s.rank_t_min} --rank-t-max {s.rank_t_max}: need 0 <= min < max <= 1000",
     )
     require(
-        re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", s.iter_prompts),
+        re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6})*", s.iter_prompts),
         f"--iter-prompts {s.iter_prompts}: give a number, or one per round with commas",
     )
-
-    # The embedded world's pairs and prompts only make sense together.
-    in_world = [s.pairs == "world", s.prompts == "world", s.eval_prompts in ("world", "dev")]
     require(
-        all(in_world) or not any(in_world),
-        f"--pairs {s.pairs} --prompts {s.prompts} --eval-prompts {s.eval_prompts}: the embedded "
-        f"world's pairs and prompts belong together; give your own for all three or for none",
+        re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", s.device),
+        f"--device {s.device}: give auto, cpu, mps, cuda, or one card such as cuda:1",
     )
-
     require(
         s.track == "off" or importlib.util.find_spec(s.track),
         f"--track {s.track}: the package {s.track} is not installed; install it with pip, or "
         f"leave --track off",
     )
 
-    # Only the embedded world has the oracle's reward.
-    require(
-        s.pairs == "world" or not s.reward.startswith("world"),
-        f"--reward {s.reward}: only the embedded world has it",
-    )
+    check_world(s)
+    check_scores(s)
+    check_length(s)
     return s
 
 
+# The least and the greatest value of every number: what is beyond could only be a slip, and would
+# fill the memory, run for ever or end in numbers that are not finite.
+BOUNDS = {
+    "seed": (0, 2 ** 63 - 1),
+    "iters": (0, 1000),
+    "resolution": (1, 16_384),
+    "seed_pairs": (1, 10 ** 7),
+    "holdout_pairs": (0, 10 ** 7),
+    "label_noise": (0, 10 ** 6),
+    "candidates": (2, 10_000),
+    # All schedules have 1000 timesteps, and the samplers count them from 1.
+    "sample_steps": (1, 999),
+    "cfg_scale": (0, 1000),
+    "draws": (1, 10_000),
+    "beta": (0, 10 ** 9),
+    "alpha": (0, 1),
+    "batch": (1, 10 ** 6),
+    "iter0_steps": (0, 10 ** 7),
+    "iter_steps": (0, 10 ** 7),
+    "lr": (0, 10),
+    "warmup": (0, 10 ** 7),
+    "weight_decay": (0, 100),
+    "max_grad_norm": (0, 10 ** 9),
+    "prompt_dropout": (0, 1),
+    "flip": (0, 1),
+    "lora_rank": (0, 10_000),
+    "eval_count": (0, 10 ** 7),
+    "eval_seeds": (1, 10_000),
+    "rank_t_min": (0, 999),
+    "rank_t_max": (1, 1000),
+    "sample_batch": (1, 10 ** 6),
+    "rank_batch": (1, 10 ** 6),
+    "micro_batch": (1, 10 ** 6),
+    "checkpoint_every": (1, 10 ** 7),
+}
+
+# Of these the bound itself is not allowed.
+ABOVE_LEAST = ("beta", "lr", "max_grad_norm")
+BELOW_GREATEST = ("prompt_dropout",)
+
+# Pairs that one training may go through, again and again: their order is kept in memory.
+PLACES = 10 ** 8
+
+
 def check_bounds(s: Settings) -> None:
-    """Refuse numbers beyond their bounds."""
-    for name in ("seed_pairs", "draws", "sample_steps", "batch", "micro_batch", "eval_seeds",
-                 "sample_batch", "rank_batch", "checkpoint_every"):
+    """Refuse numbers beyond their bounds, and what is no number."""
+    for name, (least, greatest) in BOUNDS.items():
         value = getattr(s, name)
-        require(value >= 1, f"{flag(name)} {value}: must be at least 1")
 
-    for name in ("iters", "iter0_steps", "iter_steps", "warmup", "label_noise", "holdout_pairs",
-                 "seed", "eval_count", "lora_rank"):
-        value = getattr(s, name)
-        require(value >= 0, f"{flag(name)} {value}: must not be negative")
+        # No comparison holds for NaN.
+        within = least <= value <= greatest
+        if name in ABOVE_LEAST:
+            within = within and value > least
+        if name in BELOW_GREATEST:
+            within = within and value < greatest
 
-    for name in ("beta", "lr"):
-        value = getattr(s, name)
-        require(value > 0, f"{flag(name)} {value}: must be above 0")
+        what = f"must be at least {least} and at most {greatest}"
+        if name in ABOVE_LEAST:
+            what = f"must be above {least} and at most {greatest}"
+        elif name in BELOW_GREATEST:
+            what = f"must lie in {least}..{greatest}, below {greatest}"
+        elif greatest == 1:
+            what = "must lie in 0..1"
+        require(within, f"{flag(name)} {value}: {what}")
 
-    for name in ("alpha", "flip"):
-        value = getattr(s, name)
-        require(0 <= value <= 1, f"{flag(name)} {value}: must lie in 0..1")
 
-    # With a dropout of 1 no prompt would be learned at all.
-    dropout = s.prompt_dropout
-    require(0 <= dropout < 1, f"--prompt-dropout {dropout}: must lie in 0..1")
+def check_world(s: Settings) -> None:
+    """The embedded world's prompts, rewards and scores make sense together only.
+
+    Its own pairs need its prompts; pairs that people have labelled may be of its captions, too.
+    Prompts that no round uses do not matter.
+    """
+    of_world = [in_world(s)]
+    if s.pairs == "world":
+        of_world.append(True)
+    if needs_prompts(s):
+        of_world.append(s.prompts == "world")
+    require(
+        all(of_world) or not any(of_world),
+        f"--pairs {s.pairs} --prompts {s.prompts} --eval-prompts {s.eval_prompts}: the embedded "
+        f"world's pairs and prompts belong together; give your own for all three or for none, or "
+        f"--pairs alone if they are of its captions (./run_sail.sh label)",
+    )
+
+    # Its people's taste is nothing to rank by where others have labelled.
+    require(
+        s.pairs == "world" or not s.reward.startswith("world"),
+        f"--reward {s.reward}: only the embedded world's people have it; give another --reward",
+    )
+    require(
+        in_world(s) or s.scores != "world",
+        f"--scores world: only the embedded world's captions and pictures have it; give "
+        f"--scores none, or a list of {', '.join(SCORES)}",
+    )
+
+
+def in_world(s: Settings) -> bool:
+    """Whether the captions are the embedded world's, whoever has labelled their pictures."""
+    return s.eval_prompts in ("world", "dev")
+
+
+def check_scores(s: Settings) -> None:
+    """Refuse scores, and weights for scores, of a name that is none."""
+    if s.scores not in ("world", "none"):
+        for name in s.scores.split(","):
+            require(
+                name in SCORES,
+                f"--scores {s.scores}: {name!r} is no score; give world, none, or a list with "
+                f"commas of {', '.join(SCORES)}",
+            )
+
+    for name, where in named_weights(s):
+        require(
+            name in SCORES and where,
+            f"--score-weights {s.score_weights}: give NAME=PATH, with commas where there are "
+            f"several, NAME one of {', '.join(SCORES)}",
+        )
+
+
+def named_weights(s: Settings) -> list[tuple[str, str]]:
+    """(name of a score, where its weights lie) of the setting score_weights."""
+    pairs = []
+    for part in s.score_weights.split(","):
+        name, _, where = part.partition("=")
+        if part:
+            pairs.append((name, where))
+    return pairs
+
+
+def check_length(s: Settings) -> None:
+    """Refuse a training whose order of pairs would not fit into memory."""
+    # Steps of 0 mean one pass: over the human pairs, or over a mix with a share alpha of others.
+    iter0 = s.iter0_steps * s.batch or s.seed_pairs
+    require(
+        iter0 <= PLACES,
+        f"--iter0-steps {s.iter0_steps} --batch {s.batch}: trains on {iter0:.2g} pairs, one after "
+        f"another; {PLACES:.0e} are the most, ask for fewer",
+    )
+
+    places = s.iter_steps * s.batch
+    if places == 0 and needs_prompts(s):
+        places = max(round_prompts(s, k) for k in range(1, s.iters + 1)) / s.alpha
+    require(
+        places <= PLACES,
+        f"--iter-steps {s.iter_steps} --batch {s.batch} --alpha {s.alpha:g}: a round trains on "
+        f"{places:.2g} pairs, one after another; {PLACES:.0e} are the most, ask for fewer steps or "
+        f"give a larger --alpha",
+    )
+
+
+def check_device(s: Settings) -> None:
+    """Refuse a device that this machine does not have."""
+    if s.device in ("auto", "cpu"):
+        return
+    import torch
+
+    if s.device == "mps":
+        is_there = torch.backends.mps.is_available()
+    else:
+        number = int(s.device.partition(":")[2] or 0)
+        is_there = number < torch.cuda.device_count()
+    require(
+        is_there,
+        f"--device {s.device}: torch finds no such device here; leave --device auto, or install "
+        f"the build of torch that knows it",
+    )
 
 
 # ---- config.json ----
 
-def load(argv: list[str], stage_doc: str, extras: dict[str, dict] | None = None,
-         create: bool = False) -> tuple[Settings, argparse.Namespace]:
+def load(
+    argv: list[str],
+    stage_doc: str,
+    extras: dict[str, dict] | None = None,
+    create: bool = False,
+    before_start: Callable[[Settings], None] | None = None,
+) -> tuple[Settings, argparse.Namespace]:
     """The settings of the run that argv names, and the stage's own arguments `extras`.
 
     A new run folder gets its config.json if `create`; an existing one must agree with what argv
-    gives. UserError: it does not, there is no run and none is to be created, or a value is not
-    allowed.
+    gives, and free settings that are given are kept in it. While a run has made nothing yet it is
+    `before_start` that may refuse its settings, before anything is written. UserError: it does, or
+    the run does not agree, there is none and none is to be created, or a value is not allowed.
     """
-    given = vars(build_parser(stage_doc, extras).parse_args(argv))
+    given, own = parse(argv, stage_doc, extras)
+    config = config_of(given)
+    if not config.exists() and not create:
+        raise UserError(
+            f"{config} does not exist: start the run with 01_seed.py --run {config.parent}"
+        )
 
-    # The stage's own arguments are no settings.
+    s, content, changed = combine(config, given)
+    check_device(s)
+    if before_start and not has_made_something(config.parent):
+        before_start(s)
+
+    # Of several processes the first one writes.
+    if os.environ.get("RANK", "0") == "0":
+        if create or changed:
+            check_folder(config.parent)
+        if changed or not content:
+            keep(s, content, changed)
+    return s, own
+
+
+def keep(s: Settings, content: dict, changed: list[str]) -> None:
+    """Write config.json, which had this content, where settings have changed or are new."""
+    if has_made_something(Path(s.run)):
+        write_config(s, content or environment())
+        return
+
+    # What stage 01 has fitted to a file does not change what it makes of the file.
+    fitted = set(content.get("fitted", ()))
+    forget_stage_01(Path(s.run), set(changed) - fitted)
+    write_config(s, environment())
+
+
+def planned(argv: list[str], doc: str, extras: dict[str, dict] | None = None) -> Settings:
+    """The settings that a run has or would have; nothing is written."""
+    given, _ = parse(argv, doc, extras)
+    s, _, _ = combine(config_of(given), given)
+    return s
+
+
+def parse(argv: list[str], doc: str,
+          extras: dict[str, dict] | None) -> tuple[dict, argparse.Namespace]:
+    """The settings that argv gives, by name, and the stage's own arguments, which are none."""
+    given = vars(build_parser(doc, extras).parse_args(argv))
     own = argparse.Namespace()
     for name, options in (extras or {}).items():
         name = name.lstrip("-").replace("-", "_")
         value = given.pop(name, options.get("default"))
         setattr(own, name, value)
 
-    preset = given.get("preset", "tiny")
-    folder = Path(given.get("run") or ROOT / "runs" / preset)
-    config = folder / "config.json"
-
-    # The values of the run, or else of the preset, and over them those that are given.
-    changed = []
-    if config.exists():
-        saved = saved_settings(config)
-        changed = changes(saved, given)
-        refuse_changes(config, saved, given, changed)
-        values = saved | given
-    elif create:
-        values = PRESETS[preset] | given
-    else:
-        raise UserError(f"{config} does not exist: start the run with 01_seed.py --run {folder}")
-    values["run"] = str(folder)
-
-    s = check(Settings(**values))
-    if changed or not config.exists():
-        write_config(s, environment())
-    return s, own
+    source = getattr(own, "from", "")
+    if source:
+        given = settings_to_go_on_with(source, given)
+    return given, own
 
 
-def saved_settings(config: Path) -> dict:
-    """The settings in a config.json, also in one of an earlier version.
+def settings_to_go_on_with(source: str, given: dict) -> dict:
+    """The settings of a run that goes on from the run `source`: its own, and those given."""
+    config = Path(source) / "config.json"
+    if not config.exists():
+        raise UserError(f"--from {source}: is no run folder, it has no config.json")
+    if not given.get("run") or Path(given["run"]).resolve() == config.parent.resolve():
+        raise UserError(f"--from {source}: give the new run a folder of its own with --run")
+    return read_config(config)["settings"] | given
 
-    UserError: the run has a retired setting at a value that is no longer done.
+
+def config_of(given: dict) -> Path:
+    """Where the run that is given has its settings."""
+    folder = given.get("run") or ROOT / "runs" / given.get("preset", "tiny")
+    return Path(folder) / "config.json"
+
+
+def combine(config: Path, given: dict) -> tuple[Settings, dict, list[str]]:
+    """Saved and given settings as one: (settings, config.json's content, names that changed).
+
+    The content is {} where there is none yet. What was saved in a damaged file may have been
+    anything.
     """
-    saved = json.loads(config.read_text())["settings"]
+    if not config.exists():
+        return new_settings(given | {"run": str(config.parent)}), {}, []
+    if is_worthless(config, given):
+        return new_settings(given | {"run": str(config.parent)}), {}, list(FIELDS)
+
+    content = read_config(config)
+    saved = content["settings"]
+    if has_made_something(config.parent):
+        refuse_changes(config, saved, given)
+        values = saved | given
+    elif "preset" in given:
+        # Whoever was refused gives the whole command again: what it leaves out is to go, too.
+        values = dataclasses.asdict(new_settings(given))
+    else:
+        # The numbers that stage 01 fitted to a file are fitted again: the file may be another.
+        preset = PRESETS[saved["preset"]]
+        fitted = {name: preset[name] for name in content.get("fitted", ())}
+        values = saved | fitted | given
+    values["run"] = str(config.parent)
+
+    try:
+        s = check(Settings(**values))
+    except UserError as error:
+        # Where nothing new is given, the fault stands in the file.
+        if given.keys() - {"run", "preset"}:
+            raise
+        raise UserError(f"{config}: {error}") from None
+    changed = [name for name in saved if name != "run" and saved[name] != values[name]]
+    return s, content, changed
+
+
+def new_settings(given: dict) -> Settings:
+    """The settings of a new run: its preset's values, and over them those that are given.
+
+    What the preset scores the embedded world by is not for pairs and prompts from outside.
+    """
+    values = PRESETS[given.get("preset", "tiny")] | given
+    outside = values["eval_prompts"] not in ("world", "dev")
+    if outside and values["scores"] == "world" and "scores" not in given:
+        values["scores"] = "none"
+        print("the embedded world's scores are not for other prompts: --scores none",
+              file=sys.stderr)
+    return check(Settings(**values))
+
+
+def is_worthless(config: Path, given: dict) -> bool:
+    """Whether a config.json is damaged, and all that it told is given or may be chosen anew."""
+    if "preset" not in given or not config.is_file() or has_made_something(config.parent):
+        return False
+    try:
+        read_config(config)
+    except UserError as error:
+        print(f"{error}; nothing was made yet, so it is written anew", file=sys.stderr)
+        return True
+    return False
+
+
+def read_config(config: Path) -> dict:
+    """A run's config.json, whose settings are complete and of the right types.
+
+    Settings that an earlier version did not have are those of the run's preset. UserError: the
+    file is damaged, or has a retired setting at a value that is no longer done.
+    """
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        raise damaged(config, "is a folder") from None
+    except (ValueError, RecursionError):
+        raise damaged(config, "is no JSON") from None
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        raise damaged(config, "has no settings")
+
+    saved = content["settings"]
     for name, value in RETIRED.items():
         if saved.get(name, value) != value:
             raise UserError(
@@ -474,47 +790,76 @@ def saved_settings(config: Path) -> dict:
             )
 
     settings = {name: value for name, value in saved.items() if name in FIELDS}
-    model = settings.get("model")
-    settings["model"] = OLD_MODELS.get(model, model)
-    return settings
+    for name, value in settings.items():
+        check_saved(config, name, value)
+    if "preset" not in settings:
+        raise damaged(config, "names no preset")
+
+    settings = PRESETS[settings["preset"]] | settings
+    settings["model"] = OLD_MODELS.get(settings["model"], settings["model"])
+    return content | {"settings": settings}
 
 
-def changes(saved: dict, given: dict) -> list[str]:
-    """The settings that are given with another value than the saved one.
+def check_saved(config: Path, name: str, value) -> None:
+    """Refuse a saved value of another type than the setting's, or none of its choices."""
+    kind = FIELDS[name].type
+    kinds = (float, int) if kind is float else (kind,)
+    if type(value) not in kinds:
+        raise damaged(config, f"has {name} = {value!r}, which is no {kind.__name__}")
 
-    Those that are free to change are left out.
-    """
-    names = []
+    choices = FIELDS[name].metadata["choices"]
+    if choices and value not in choices:
+        raise damaged(config, f"has {name} = {value!r}, which is none of {', '.join(choices)}")
+
+
+def damaged(config: Path, what: str) -> UserError:
+    return UserError(
+        f"{config}: {what}; restore it, or remove it and give the whole command again that began "
+        f"the run"
+    )
+
+
+def has_made_something(folder: Path) -> bool:
+    """Whether a run has finished anything that its settings must stay true to."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()} - set(OF_STAGE_01)
+    return not all(NOT_YET_MADE.fullmatch(name) for name in names)
+
+
+def refuse_changes(config: Path, saved: dict, given: dict) -> None:
+    """UserError if a setting that is not free is given with another value than the saved one."""
     for name, value in given.items():
-        if FIELDS[name].metadata["free"]:
-            continue
-        if name in saved and saved[name] != value:
-            names.append(name)
-    return names
+        if not FIELDS[name].metadata["free"] and saved[name] != value:
+            raise UserError(
+                f"{config}: this run has {name} = {saved[name]}, not {value}; "
+                f"keep it, or give the changed run its own folder with --run"
+            )
 
 
-def refuse_changes(config: Path, saved: dict, given: dict, changed: list[str]) -> None:
-    """UserError if the run may not change so.
+def forget_stage_01(folder: Path, changed: set[str]) -> None:
+    """Remove what a stage 01 that was refused or stopped made, where it would be made otherwise."""
+    there = [name for name in OF_STAGE_01 if (folder / name).exists()]
+    if not there or not changed & set(BEHIND_STAGE_01):
+        return
 
-    A run that has made something keeps its settings; one that has made nothing yet may be
-    corrected, but for its preset.
-    """
-    made = {path.name for path in config.parent.iterdir()} - NOT_YET_MADE
-    if changed and (made or "preset" in changed):
-        name = changed[0]
-        raise UserError(
-            f"{config}: this run has {name} = {saved[name]}, not {given[name]}; "
-            f"keep it, or give the changed run its own folder with --run"
-        )
+    print(f"{folder}: {', '.join(there)} of other settings go, and are made again",
+          file=sys.stderr)
+    for name in there:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def amend(s: Settings, new: dict) -> Settings:
-    """The run's settings, and its config.json, with changes that follow from its data."""
+    """The run's settings, and its config.json, with numbers that follow from its data."""
     s = check(dataclasses.replace(s, **new))
 
     # What the run was begun with stays: versions, commit and hardware.
-    saved = json.loads((Path(s.run) / "config.json").read_text())
-    write_config(s, saved)
+    content = read_config(Path(s.run) / "config.json")
+    write_config(s, content | {"fitted": list(new)})
     return s
 
 
@@ -572,8 +917,19 @@ def cpu_name() -> str:
 
 def main(argv: list[str]) -> None:
     """python -m lib.settings [settings]: start or check a run, and print what the driver needs."""
-    s, _ = load(argv, __doc__, create=True)
-    print(s.iters, s.alpha, s.run)
+    from lib.preflight import refuse_lacking
+    given, own = parse(argv, __doc__, RUN_ARGUMENTS)
+    made_in = Path(getattr(own, "from") or config_of(given).parent)
+
+    def before_start(s: Settings) -> None:
+        refuse_lacking(s, made_in)
+
+    s, _ = load(argv, __doc__, RUN_ARGUMENTS, create=True, before_start=before_start)
+    if has_made_something(Path(s.run)):
+        refuse_lacking(s, Path(s.run))
+
+    # The folder stands last, with a slash behind it: the driver's $(...) cuts blank ends.
+    print(s.iters, s.alpha, f"{s.run}/", sep="\n")
 
 
 if __name__ == "__main__":
