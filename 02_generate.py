@@ -14,13 +14,16 @@ up to rounding, whatever the batch size, the number of processes or the point of
     python 02_generate.py --run runs/tiny --iter 1
 """
 
+import lib.program  # noqa: F401, I001  first: Ctrl-C is answered from here on
+
 from pathlib import Path
 
 import pandas as pd
 
 from lib import models
-from lib.run import Ledger, is_main, keep_code, read_prompts, run_stage, seed_of, write_table
-from lib.sampler import paint
+from lib.run import (Ledger, begin, is_main, is_whole, read_prompts, run_stage, seed_of, wait,
+                     write_table)
+from lib.sampler import lacking, paint
 from lib.settings import ITER, Settings, load
 
 
@@ -45,15 +48,20 @@ def main(argv: list[str]) -> None:
     s, stage = load(argv, __doc__, ITER)
     k = stage.iter
     table = Path(s.run) / f"iter{k}" / "candidates.parquet"
-    if table.exists():
-        print(f"02 generate: {table} is there, nothing to do")
-        return
 
     # read
-    if is_main():
-        keep_code(s.run, __file__)
     prompts = read_prompts(s.run, f"iter{k}")
     jobs = candidate_jobs(s, k, prompts)
+
+    # A picture that was lost or damaged since is drawn again.
+    undrawn = lacking(s, jobs, keep_latents=True)
+    wait()
+    if is_whole(table) and not undrawn:
+        if is_main():
+            print(f"02 generate: {table} is there, nothing to do")
+        return
+    if is_main():
+        begin(s.run, __file__)
 
     # compute: the pictures and their latents are files of their own
     with Ledger(s.run, "02_generate", k, str(models.device_of(s))) as ledger:

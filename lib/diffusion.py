@@ -73,8 +73,9 @@ def sample(unet, scheduler, noise: torch.Tensor, condition: Condition, empty: Co
     scheduler.set_timesteps(steps)
     x_t = noise * scheduler.init_noise_sigma
 
-    # With guidance the UNet sees every latent twice, without and with its prompt, in one batch.
-    guided = cfg_scale != 1
+    # With guidance the UNet sees every latent twice, without and with its prompt, in one batch. A
+    # scale of 1 or less means none, as in diffusers.
+    guided = cfg_scale > 1
     if guided:
         condition = join(repeat(empty, len(noise)), condition)
 

@@ -10,6 +10,8 @@ The models of a run have numbers: BASE, 0 (Iter0), 1, 2, ...
 import functools
 import gc
 import hashlib
+import inspect
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,11 +20,16 @@ from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMul
                        UNet2DConditionModel)
 from diffusers.utils import logging as diffusers_logging
 
-from lib.run import (UserError, atomic, bar, latent_path, load_latent, my_share, save_latent,
-                     wait)
-from lib.settings import ROOT, Settings
+from lib import hub
+from lib.hub import local_or_hub
+from lib.run import (UserError, bar, is_whole, is_whole_model, latent_path, load_latent, my_share,
+                     save_latent, save_tensors, wait)
+from lib.settings import Settings
 
 BASE = -1
+
+# Before the names of weights that were saved from a compiled model.
+COMPILED = "_orig_mod."
 
 # What the setting `sampler` calls them.
 SAMPLERS = {
@@ -70,50 +77,135 @@ def dtype_of(s: Settings) -> torch.dtype:
 
 # ---- loading ----
 
-def local_or_hub(name: str) -> str:
-    """A folder (as given, or relative to the project), or a hub id of the form owner/name.
-
-    UserError: the name is that of a folder which does not exist.
-    """
-    for folder in (Path(name), ROOT / name):
-        if folder.is_dir():
-            return str(folder)
-
-    # The hub is not asked for what can only be a folder: it would try again and again.
-    looks_local = name.startswith((".", "/", "~")) or name.split("/")[0] in ("lib", "runs")
-    if looks_local or name.count("/") != 1:
-        raise UserError(
-            f"model folder {name} does not exist; "
-            f"give a diffusers folder or a hub id like owner/name"
-        )
-    return name
-
-
-def load_part(loader, name: str, **options):
+def load_part(loader, name: str, remedy: str = "", **options):
     """Call a `from_pretrained`-like loader, and say in one line what could not be loaded."""
     try:
         return loader(local_or_hub(name), **options)
-    except (OSError, ValueError) as error:
-        where = name
-        if options.get("subfolder"):
-            where = f"{name}/{options['subfolder']}"
+    except (UserError, MemoryError):
+        raise
+    # Damaged and foreign files raise nearly every kind of error.
+    except Exception as error:
+        where = f"{name}/{options.get('subfolder', '')}".rstrip("/")
+        reason = f"{hub.first_line(error)}; {remedy}" if remedy else hub.why(error, name)
+        raise UserError(f"cannot load {where}: {reason}") from None
 
-        # The further lines of such a message are diffusers' advice.
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot load {where}: {reason}; check the folder or hub id") from None
 
+def load_weights(kind, name: str, folder: str = "", stem: str = "diffusion_pytorch_model",
+                 remedy: str = "download it again", **options):
+    """A part of a model (a UNet, VAE or text encoder), in evaluation mode, on the CPU.
+
+    UserError: there are no weights, some are missing, or some are not finite.
+    """
+    source = local_or_hub(name)
+    inside = f"{folder}/" if folder else ""
+    files, found = hub.weight_files(source, inside, stem)
+    if folder:
+        found = found | {"subfolder": folder}
+
+    # A checkpoint of one's own training may have the names that torch.compile gives.
+    paths = [hub.file_at(source, file) for file in files]
+    compiled = any(key.startswith(COMPILED) for key in hub.keys_of(paths[0]))
+    if compiled and kind in (UNet2DConditionModel, AutoencoderKL):
+        loader = functools.partial(load_compiled, kind, paths)
+    else:
+        loader = functools.partial(kind.from_pretrained, use_safetensors=True,
+                                   output_loading_info=True)
+    part, info = load_part(loader, name, remedy, **found, **options)
+
+    refuse_unsound(part, info["missing_keys"], f"{name}/{folder}".rstrip("/"), remedy)
+    return part.eval()
+
+
+def load_compiled(kind, files: list[Path], name: str, dtype: torch.dtype, subfolder: str = "",
+                  **_) -> tuple:
+    """A part whose weights have torch.compile's names, and what is missing of them."""
+    from safetensors.torch import load_file
+
+    state = {}
+    for file in files:
+        for key, weight in load_file(file).items():
+            state[key.removeprefix(COMPILED)] = weight
+
+    part = kind.from_config(kind.load_config(name, subfolder=subfolder))
+    missing = part.load_state_dict(state, strict=False).missing_keys
+    return part.to(dtype), {"missing_keys": missing}
+
+
+def refuse_unsound(part: torch.nn.Module, missing: Iterable[str], where: str, remedy: str) -> None:
+    """UserError unless a part has all its weights, and all of them finite."""
+    missing = sorted(missing)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{where}: its weights lack {missing[0]}{more}; {remedy}")
+
+    for name, weight in part.named_parameters():
+        # A sum is not finite unless all are, and takes no memory; it may itself overflow.
+        finite = weight.sum(dtype=torch.float32).isfinite()
+        if not finite and not weight.isfinite().all():
+            raise UserError(f"{where}: its weights are not finite ({name}); {remedy}")
+
+
+# ---- configurations ----
 
 @functools.cache
 def pipeline_config(model: str) -> dict:
     """model_index.json: the pipeline's parts and options."""
     from diffusers import DiffusionPipeline
-    return load_part(DiffusionPipeline.load_config, model)
+    return read_config(DiffusionPipeline, model)
 
 
 def is_sdxl(model: str) -> bool:
     """Whether the pipeline has a second text encoder."""
     return "text_encoder_2" in pipeline_config(model)
 
+
+def read_config(kind, name: str, folder: str = "") -> dict:
+    """The configuration file of a part, as it is."""
+    options = {"subfolder": folder} if folder else {}
+    config = load_part(kind.load_config, name, **options)
+    if not isinstance(config, dict) or not config:
+        raise UserError(f"{name}/{folder}: its configuration is empty, or no JSON object; download "
+                        f"it again")
+    return config
+
+
+def config_of(kind, name: str, folder: str = "") -> dict:
+    """The configuration of a part, with its class's own values where its file is silent."""
+    defaults = {}
+    for parameter in inspect.signature(kind.__init__).parameters.values():
+        if parameter.default is not parameter.empty:
+            defaults[parameter.name] = parameter.default
+    return defaults | read_config(kind, name, folder)
+
+
+def unet_config(s: Settings) -> dict:
+    """The configuration of the base's UNet."""
+    return config_of(UNet2DConditionModel, s.model, "unet")
+
+
+def vae_config(s: Settings) -> dict:
+    """The configuration of the VAE of the settings, or else of the model's own."""
+    return config_of(AutoencoderKL, *vae_place(s))
+
+
+def vae_place(s: Settings) -> tuple[str, str]:
+    """The folder or hub model that the VAE comes from, and its place in there."""
+    if s.vae:
+        return s.vae, ""
+    return s.model, "vae"
+
+
+def resolution_step(s: Settings) -> int:
+    """What the sides of a picture must be multiples of, in pixels.
+
+    The VAE makes one latent of so many pixels a side, and the UNet halves these again.
+    """
+    pixels = 2 ** (len(vae_config(s)["block_out_channels"]) - 1)
+    halvings = len(unet_config(s)["down_block_types"]) - 1
+    return pixels * 2 ** halvings
+
+
+# ---- parts ----
 
 def unet_folder(s: Settings, k: int) -> Path | None:
     """Where model k of the run lies; None for the base, which lies elsewhere."""
@@ -126,18 +218,20 @@ def load_unet(s: Settings, k: int, trained: bool = False) -> UNet2DConditionMode
     """The UNet of the base or of model k of the run, on the device.
 
     It is frozen in dtype_of(s), or, if `trained`, to be trained, in float32. UserError: model k
-    does not exist yet.
+    does not exist yet, or is damaged.
     """
     dtype = dtype_of(s)
     if trained:
         dtype = torch.float32
 
-    loader = UNet2DConditionModel.from_pretrained
     folder = unet_folder(s, k)
     if folder is None:
-        unet = load_part(loader, s.model, subfolder="unet", dtype=dtype)
+        unet = load_weights(UNet2DConditionModel, s.model, "unet", dtype=dtype)
     elif folder.exists():
-        unet = load_part(loader, str(folder), dtype=dtype)
+        remedy = f"delete {folder} and run 04_train_dpo.py --run {s.run} --iter {k}"
+        if not is_whole_model(folder):
+            raise UserError(f"{folder}: a file of the model is missing or damaged; {remedy}")
+        unet = load_weights(UNet2DConditionModel, str(folder), remedy=remedy, dtype=dtype)
     else:
         raise UserError(
             f"{folder} does not exist: run 04_train_dpo.py --run {s.run} --iter {k} first"
@@ -161,11 +255,6 @@ def to_device(s: Settings, unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet.to(device, memory_format=torch.contiguous_format)
 
 
-def unet_config(s: Settings) -> dict:
-    """The configuration of the base's UNet."""
-    return load_part(UNet2DConditionModel.load_config, s.model, subfolder="unet")
-
-
 def load_sampler(s: Settings):
     """The sampler of the settings, on the noise schedule that the model was trained on."""
     # Latents are not pictures in -1..1. Clipping them is the default of a sampler whose kind the
@@ -173,6 +262,10 @@ def load_sampler(s: Settings):
     options = {"clip_sample": False}
     if s.sampler == "dpmsolver":
         options = {}
+
+    # SD1.x's pipeline counts its timesteps from 1, whatever the file says.
+    if not is_sdxl(s.model):
+        options["steps_offset"] = 1
 
     loader = SAMPLERS[s.sampler].from_pretrained
     return load_part(loader, s.model, subfolder="scheduler", **options)
@@ -185,12 +278,13 @@ def load_schedule(s: Settings) -> DDPMScheduler:
 
 def load_vae(s: Settings) -> AutoencoderKL:
     """The VAE of the settings, or the model's own: frozen, in dtype_of(s), on the device."""
-    loader = AutoencoderKL.from_pretrained
-    if s.vae:
-        vae = load_part(loader, s.vae, dtype=dtype_of(s))
-    else:
-        vae = load_part(loader, s.model, subfolder="vae", dtype=dtype_of(s))
-    return vae.requires_grad_(False).eval().to(device_of(s))
+    # Some, SDXL's among them, overflow in half precision, and say so.
+    dtype = dtype_of(s)
+    if dtype == torch.float16 and vae_config(s)["force_upcast"]:
+        dtype = torch.float32
+
+    vae = load_weights(AutoencoderKL, *vae_place(s), dtype=dtype)
+    return vae.requires_grad_(False).to(device_of(s))
 
 
 # ---- pictures <-> latents ----
@@ -199,7 +293,7 @@ def load_vae(s: Settings) -> AutoencoderKL:
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
     """The VAE's posterior of pictures (B, 3, H, W) in 0..1: `mean` and `std`, each (B, C, h, w).
 
-    Both are in the UNet's units, which are the VAE's times its scaling factor.
+    Both are in the UNet's units (`latent_units`). UserError: they are not finite.
     """
     at_once = max(1, VAE_PIXELS // pictures[0, 0].numel())
     means = []
@@ -211,25 +305,64 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> dict[str, torch.Tensor
         means.append(posterior.mean)
         stds.append(posterior.std)
 
-    scale = vae.config.scaling_factor
-    return {"mean": torch.cat(means) * scale, "std": torch.cat(stds) * scale}
+    mean, std = torch.cat(means), torch.cat(stds)
+    shift, scale = latent_units(vae)
+    refuse_not_finite(mean + std, f"latents by the VAE {name_of(vae)}", vae.dtype)
+    return {"mean": (mean - shift) * scale, "std": std * scale}
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in 0..1, float32 on the CPU, of scaled latents (B, C, h, w)."""
+    """Pictures (B, 3, H, W) in 0..1, float32 on the CPU, of latents (B, C, h, w) in the UNet's
+    units. UserError: they are not finite."""
     pixels = latents[0, 0].numel() * vae_factor(vae) ** 2
     at_once = max(1, VAE_PIXELS // pixels)
 
     # Back from the UNet's units to the VAE's.
-    latents = latents / vae.config.scaling_factor
+    shift, scale = latent_units(vae)
+    latents = latents / scale + shift
     parts = []
     for part in latents.split(at_once):
         parts.append(vae.decode(part.to(vae.dtype)).sample)
 
     # From -1..1, which the VAE may overshoot a little, to 0..1.
-    pictures = torch.cat(parts).float()
-    return (pictures / 2 + .5).clamp(0, 1).cpu()
+    pictures = torch.cat(parts).float().cpu()
+    refuse_not_finite(pictures, f"pictures by the VAE {name_of(vae)}", vae.dtype)
+    return (pictures / 2 + .5).clamp(0, 1)
+
+
+def latent_units(vae: AutoencoderKL) -> tuple:
+    """(shift, scale): a latent in the UNet's units is (the VAE's - shift) * scale.
+
+    Most VAEs have one scale; some give mean and spread of each channel of their latents.
+    """
+    config = vae.config
+    if config.latents_mean is None or config.latents_std is None:
+        return 0., config.scaling_factor
+    mean = torch.tensor(config.latents_mean, device=vae.device).view(1, -1, 1, 1)
+    spread = torch.tensor(config.latents_std, device=vae.device).view(1, -1, 1, 1)
+    return mean, config.scaling_factor / spread
+
+
+def refuse_not_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
+    """UserError if any value is not a number, or infinite: nothing of that kind is written."""
+    if values.isfinite().all():
+        return
+    precision = str(dtype).removeprefix("torch.")
+    raise UserError(f"{what} are not finite in {precision}; start a run in another folder (--run) "
+                    f"with --dtype float32, or with another model or VAE")
+
+
+def name_of(vae: AutoencoderKL) -> str:
+    """The folder or hub id that a VAE was loaded from."""
+    return vae.config.get("_name_or_path", "")
+
+
+def latent_shape(s: Settings) -> tuple[int, int, int]:
+    """The shape (C, h, w) of the latents of this run's pictures."""
+    vae = vae_config(s)
+    side = s.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    return vae["latent_channels"], side, side
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
@@ -241,8 +374,10 @@ def ensure_latents(images: list[Path], s: Settings, open_picture, mirrored: bool
     """Encode the pictures (or their mirror images) that have no latent file yet.
 
     `open_picture(i)` returns PIL image i of the list. Batches are fixed by the list, and one with
-    any latent missing is encoded whole: the same bits after a resume.
+    any latent missing or damaged is encoded whole: the same bits after a resume.
     """
+    keep_inside(s, [latent_path(image) for image in images])
+
     # A picture that is named twice is encoded once.
     number = {}
     for i, image in enumerate(images):
@@ -251,11 +386,16 @@ def ensure_latents(images: list[Path], s: Settings, open_picture, mirrored: bool
 
     # Of this process's turn, the batches that lack a latent.
     starts = range(0, len(images), ENCODE_BATCH)
+    shape = latent_shape(s)
     batches = []
+    lacking = []
     for start in my_share(starts):
         batch = images[start:start + ENCODE_BATCH]
-        if lacking_latents(batch, mirrored):
+        here = lacking_latents(batch, mirrored, shape)
+        if here:
             batches.append(batch)
+            lacking += here
+    tell_damaged([latent_path(image, mirrored) for image in lacking])
 
     def open_by_path(image: Path):
         return open_picture(number[image])
@@ -265,9 +405,38 @@ def ensure_latents(images: list[Path], s: Settings, open_picture, mirrored: bool
     wait()
 
 
-def lacking_latents(images: list[Path], mirrored: bool) -> list[Path]:
-    """The pictures that have no latent file."""
-    return [image for image in images if not latent_path(image, mirrored).exists()]
+def lacking_latents(images: list[Path], mirrored: bool, shape: tuple[int, ...]) -> list[Path]:
+    """The pictures that have no latent file, or none that is whole and has this shape."""
+    return [image for image in images if not has_latent(image, mirrored, shape)]
+
+
+def has_latent(image: Path, mirrored: bool, shape: tuple[int, ...]) -> bool:
+    """Whether a picture has a whole latent file, with a mean of this shape (C, h, w)."""
+    from safetensors import safe_open
+
+    path = latent_path(image, mirrored)
+    if not is_whole(path):
+        return False
+    with safe_open(path, framework="pt") as tensors:
+        return "mean" in tensors.keys() and tuple(tensors.get_slice("mean").get_shape()) == shape
+
+
+def tell_damaged(files: list[Path]) -> None:
+    """Say in one line that files which exist, and are damaged, are made again."""
+    damaged = [file for file in files if file.exists()]
+    if damaged:
+        print(f"{damaged[0]}: damaged, and made again (so are {len(damaged) - 1} more)")
+
+
+def keep_inside(s: Settings, files: Iterable[Path]) -> None:
+    """UserError if one of the files, which are to be written, lies outside the run folder."""
+    run = Path(s.run).resolve()
+    for folder in sorted({file.parent for file in files}):
+        # Resolved, since a link may lead anywhere.
+        if not folder.resolve().is_relative_to(run):
+            raise UserError(f"{folder}: lies outside the run folder {s.run}, and nothing is "
+                            f"written there; name pictures as FOLDER/images/NAME within the run, "
+                            f"and put a folder in the place of a link")
 
 
 def encode_batches(batches: list[list[Path]], s: Settings, open_picture, mirrored: bool) -> None:
@@ -301,7 +470,7 @@ def as_batch(pictures: list) -> torch.Tensor:
 def keep_posterior(posterior: dict[str, torch.Tensor], images: list[Path], mirrored: bool) -> None:
     """Write the latent files that are lacking; row i of the posterior is that of picture i."""
     # The batch was encoded whole, but a file that exists stays as it is.
-    lacking = lacking_latents(images, mirrored)
+    lacking = lacking_latents(images, mirrored, posterior["mean"].shape[1:])
     for i, image in enumerate(images):
         if image not in lacking:
             continue
@@ -370,10 +539,14 @@ class PromptEncoder:
         batches = []
         for start in range(0, len(prompts), PROMPT_BATCH):
             batch = prompts[start:start + PROMPT_BATCH]
-            if not all(self.path(prompt).exists() for prompt in batch):
+            if not all(is_whole(self.path(prompt)) for prompt in batch):
                 batches.append(batch)
         if not batches:
             return self
+
+        keep_inside(self.s, [self.path("")])
+        lacking = [self.path(prompt) for batch in batches for prompt in batch]
+        tell_damaged([path for path in lacking if not is_whole(path)])
 
         encoders = self.load_encoders()
         for batch in batches:
@@ -386,18 +559,15 @@ class PromptEncoder:
 
     def keep(self, prompts: list[str], conditions: list[dict[str, torch.Tensor]]) -> None:
         """Write the embeddings that have no file yet."""
-        from safetensors.torch import save_file
-        # A file that exists stays as it is: what a run has used does not change.
+        # A file that is whole stays as it is: what a run has used does not change.
         for prompt, condition in zip(prompts, conditions):
             path = self.path(prompt)
-            if path.exists():
-                continue
-            with atomic(path) as temporary:
-                save_file(condition, temporary)
+            if not is_whole(path):
+                save_tensors(condition, path)
 
     def load_encoders(self) -> list[tuple]:
         """(tokenizer, text encoder), of SDXL two."""
-        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
         from transformers.utils import logging as transformers_logging
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
@@ -411,11 +581,15 @@ class PromptEncoder:
         dtype = dtype_of(self.s)
         encoders = []
         for tokenizer_folder, encoder_folder, kind in parts:
-            tokenizer = load_part(AutoTokenizer.from_pretrained, model,
-                                  subfolder=tokenizer_folder)
-            encoder = load_part(kind.from_pretrained, model,
-                                subfolder=encoder_folder, dtype=dtype)
-            encoders.append((tokenizer, encoder.to(device).eval()))
+            # The class is named here, and no code of the model's runs: it is data.
+            tokenizer = load_part(CLIPTokenizer.from_pretrained, model,
+                                  subfolder=tokenizer_folder, trust_remote_code=False)
+            encoder = load_weights(kind, model, encoder_folder, "model", dtype=dtype,
+                                   key_mapping={"^" + COMPILED: ""}, trust_remote_code=False)
+            if len(tokenizer) > encoder.config.vocab_size:
+                raise UserError(f"{model}: its {tokenizer_folder} has more words than its "
+                                f"{encoder_folder}; download it again")
+            encoders.append((tokenizer, encoder.to(device)))
         return encoders
 
     @torch.no_grad()
@@ -434,7 +608,8 @@ class PromptEncoder:
                 padding="max_length",
                 truncation=True,
                 return_tensors="pt",
-                max_length=encoder.config.max_position_embeddings,
+                max_length=min(tokenizer.model_max_length,
+                               encoder.config.max_position_embeddings),
             ).input_ids
             output = encoder(tokens.to(encoder.device), output_hidden_states=both)
 
@@ -447,6 +622,9 @@ class PromptEncoder:
         batch = {"embeds": torch.cat(states, -1).cpu()}
         if both:
             batch["pooled"] = output.text_embeds.cpu()
+
+        for rows in batch.values():
+            refuse_not_finite(rows, f"prompts by the text encoders of {self.s.model}", rows.dtype)
 
         # Each prompt has a file of its own.
         conditions = []

@@ -12,7 +12,8 @@ import torch
 
 from lib import models
 from lib.diffusion import sample
-from lib.run import Ledger, bar, is_main, my_share, save_image, save_latent, wait
+from lib.run import (Ledger, bar, is_main, is_whole, latent_path, my_share, save_image,
+                     save_latent, wait)
 from lib.settings import Settings
 
 
@@ -36,17 +37,23 @@ def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str,
     """Draw the pictures that `jobs` (prompt, seed, image: path in the run folder) still lacks.
 
     They are drawn by model k of the run, or by `unet` where it is given. Batches are fixed by the
-    table's order, and one with any picture missing is drawn again whole: a resumed run makes the
-    same bits.
+    table's order, and one with any picture missing or damaged is drawn again whole: a resumed run
+    makes the same bits.
     """
-    run = Path(s.run)
+    pictures = [Path(s.run) / image for image in jobs.image]
+    models.keep_inside(s, pictures)
+    if keep_latents:
+        models.keep_inside(s, [latent_path(picture) for picture in pictures])
+
     starts = range(0, len(jobs), s.sample_batch)
     batches = [jobs.iloc[start:start + s.sample_batch] for start in starts]
 
     # Of this process's turn, the batches that lack a picture.
     to_draw = []
     for batch in my_share(batches):
-        if not all((run / image).exists() for image in batch.image):
+        undrawn = lacking(s, batch, keep_latents)
+        models.tell_damaged(undrawn)
+        if undrawn:
             to_draw.append(batch)
 
     # One process encodes the prompts; then all of them read the files.
@@ -62,6 +69,16 @@ def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str,
     wait()
 
 
+def lacking(s: Settings, jobs: pd.DataFrame, keep_latents: bool) -> list[Path]:
+    """The pictures of `jobs` that are not there whole; with `keep_latents` also their latents."""
+    pictures = [Path(s.run) / image for image in jobs.image]
+    files = [picture for picture in pictures if not is_whole(picture)]
+    if keep_latents:
+        without = models.lacking_latents(pictures, False, models.latent_shape(s))
+        files += [latent_path(picture) for picture in without]
+    return files
+
+
 def paint_batches(s: Settings, unet, encoder: models.PromptEncoder, batches: list[pd.DataFrame],
                   ledger: Ledger, title: str, keep_latents: bool) -> None:
     """Sample, decode, write; threads write the files of a batch while the next one is sampled."""
@@ -71,13 +88,11 @@ def paint_batches(s: Settings, unet, encoder: models.PromptEncoder, batches: lis
     vae = models.load_vae(s)
     empty = encoder.unconditional()
 
-    # The shape of a latent.
-    side = s.resolution // models.vae_factor(vae)
-    shape = (unet.config.in_channels, side, side)
+    shape = models.latent_shape(s)
 
     # What a picture costs: guidance doubles the UNet's forwards.
     forwards = s.sample_steps
-    if s.cfg_scale != 1:
+    if s.cfg_scale > 1:
         forwards *= 2
 
     count = sum(len(batch) for batch in batches)
@@ -89,6 +104,8 @@ def paint_batches(s: Settings, unet, encoder: models.PromptEncoder, batches: lis
             condition = encoder(batch.prompt.tolist())
             latents = sample(unet, scheduler, noise, condition, empty,
                              s.sample_steps, s.cfg_scale, generators)
+            models.refuse_not_finite(
+                latents, f"{title}: latents drawn at --cfg-scale {s.cfg_scale}", models.dtype_of(s))
             pictures = models.decode(vae, latents)
 
             # An error of a writing thread is raised here, one batch later.

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import (call, encoded, jpeg, judge_of, make_pairs, make_pipeline, picture,
-                      random_clip, same_tensors, settings_of, shard_row, weights_of, write_shard)
+                      random_clip, refused, same_tensors, settings_of, shard_row, weights_of,
+                      write_shard)
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -207,6 +209,31 @@ def test_plain_diffusers_draws_the_same_candidate(case):
     assert (draw() - ours).abs().max() < .02 * effect
 
 
+@pytest.mark.parametrize("case", ["SD1.5"], indirect=True)
+def test_damaged_candidates_are_drawn_again_with_the_same_bits(case, tmp_path, capsys):
+    run = shutil.copytree(case.run, tmp_path / "run")
+    images = [run / image for image in pd.read_parquet(run / "iter1/candidates.parquet").image]
+    whole = [path.read_bytes() for path in (images[0], latent_path(images[3]))]
+    images[0].write_bytes(b"")
+    latent_path(images[3]).write_bytes(whole[1][:-1])
+    assert call("02", run, "--iter", "1") is None
+    assert [path.read_bytes() for path in (images[0], latent_path(images[3]))] == whole
+    assert "damaged, and made again" in capsys.readouterr().out
+
+    assert call("02", run, "--iter", "1") is None
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_stage_01_refuses_another_kind_of_model_before_anything(tmp_path):
+    make_pipeline(tmp_path / "model", False, "sample")
+    files = make_pairs(tmp_path / "own")
+    message = call("01", tmp_path / "run", "--preset", "sd15", "--model", str(tmp_path / "model"),
+                   "--pairs", str(files / "pairs.csv"), "--prompts", str(files / "prompts.txt"),
+                   "--eval-prompts", str(files / "eval.txt"), *SMALL)
+    refused(message, str(tmp_path / "model"), "prediction_type sample")
+    assert not (tmp_path / "run/seed").exists()
+
+
 # ---- every ablation and rival, several in a run, on both architectures ----
 
 @pytest.fixture(scope="module", params=[False, True], ids=["SD1.5", "SDXL"])
@@ -300,8 +327,8 @@ def few(tmp_path_factory) -> SimpleNamespace:
 
 def test_a_preset_fits_itself_to_few_pairs(few):
     config = json.loads((few.run / "config.json").read_text())
-    fitted = {"seed_pairs": 10, "holdout_pairs": 2, "iter_prompts": "2", "iter0_steps": 100,
-              "iter_steps": 100}
+    fitted = {"seed_pairs": 10, "holdout_pairs": 2, "iter_prompts": "2", "iter0_steps": 1,
+              "iter_steps": 1, "warmup": 0}
     assert fitted.items() <= config["settings"].items()
     assert "--seed-pairs 10 --holdout-pairs 2 --iter-prompts 2" in few.output
 
@@ -338,7 +365,7 @@ def test_rounds_share_the_prompts_that_the_evaluation_leaves(with_12_pairs):
     """5 prompts for 3 rounds; the number of pairs is given by hand."""
     s = with_12_pairs(seed_pairs=9, holdout_pairs=3)
     assert fit_to_few_pairs(s, ["A New thing 1"]) == {
-        "iter_prompts": "1", "iter0_steps": 100, "iter_steps": 100}
+        "iter_prompts": "1", "iter0_steps": 1, "iter_steps": 1, "warmup": 0}
 
 
 def test_training_grows_longer_only_where_one_pass_is_short(with_12_pairs):
@@ -346,9 +373,9 @@ def test_training_grows_longer_only_where_one_pass_is_short(with_12_pairs):
     s = with_12_pairs(batch=4, seed_pairs=400, iter_prompts="100")
     assert fit_to_few_pairs(s, []) == {}
     s = with_12_pairs(batch=4, seed_pairs=396, iter_prompts="100")
-    assert fit_to_few_pairs(s, []) == {"iter0_steps": 100}
+    assert fit_to_few_pairs(s, []) == {"iter0_steps": 100, "warmup": 10}
     s = with_12_pairs(batch=4, seed_pairs=396, iter_prompts="100", alpha=0.)
-    assert fit_to_few_pairs(s, []) == {"iter0_steps": 100, "iter_steps": 100}
+    assert fit_to_few_pairs(s, []) == {"iter0_steps": 100, "iter_steps": 100, "warmup": 10}
 
 
 def test_a_dataset_of_the_hub_is_not_few_pairs(with_12_pairs):

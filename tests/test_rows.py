@@ -1,5 +1,6 @@
 """Stage 05: each kind of row is what it says, and a score belongs to nothing but its pictures."""
 
+import dataclasses
 import gc
 import json
 import shutil
@@ -17,11 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import lib.run
-from lib import models, sampler, sheets
+from lib import hub, models, sampler, sheets
 from lib.diffusion import predict
 from lib.eval import rows, scores
 from lib.models import BASE
 from lib.rivals import controls, online_dpo
+from lib.rivals.given_start import load_start
 from lib.run import UserError, seed_of
 from lib.settings import PRESETS, Settings
 from lib.world import captions, people
@@ -122,6 +124,7 @@ def hub_cache(monkeypatch, folder: Path, repo: str, files: Path) -> None:
     (home / "refs/main").write_text(COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.hub_names.cache_clear()
 
 
 @pytest.fixture
@@ -175,28 +178,59 @@ def test_a_hub_model_is_told_by_its_commit(s, outside, layout):
     assert rows.identity(s, outside(layout)) == f"me/mine@{COMMIT}"
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory) -> Path:
-    """One adapter of rank 4 in diffusers' form and in kohya's, there with alpha 2."""
+# Options of adapters whose scale is not 1: alpha is not the rank, or not everywhere.
+SCALES = {
+    "alpha": {"r": 4, "lora_alpha": 16},
+    "rslora": {"r": 4, "lora_alpha": 4, "use_rslora": True},
+    "patterns": {"r": 4, "lora_alpha": 4,
+                 "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_v": 9}},
+    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True},
+}
+
+
+def add_adapter(unet: UNet2DConditionModel, **options) -> dict[str, torch.Tensor]:
+    """Give a UNet an adapter of random numbers; returns its weights."""
     from peft import LoraConfig, get_peft_model_state_dict
 
-    folder = tmp_path_factory.mktemp("adapters")
-    unet = changed(0)
     torch.manual_seed(0)
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False,
-                                target_modules=["to_q", "to_v"]))
-    weights = get_peft_model_state_dict(unet)
-    StableDiffusionPipeline.save_lora_weights(folder / "folder", weights)
-    shutil.copy(folder / "folder" / rows.ADAPTER, folder / "mine.safetensors")
+    config = LoraConfig(**options, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    unet.add_adapter(config)
+    return get_peft_model_state_dict(unet)
 
+
+def as_kohya(weights: dict, alpha_of) -> dict[str, torch.Tensor]:
+    """An adapter under kohya's names, with an alpha for each layer."""
     kohya = {}
-    for key, weight in load_file(folder / "mine.safetensors").items():
+    for key, weight in weights.items():
         module, end = key.removeprefix("unet.").split(".lora_")     # end: A.weight or B.weight
         name = "lora_unet_" + module.replace(".", "_")
         part = "lora_down" if end.startswith("A") else "lora_up"
         kohya[f"{name}.{part}.weight"] = weight
-        kohya[f"{name}.alpha"] = torch.tensor(2.)
-    save_file(kohya, folder / "kohya.safetensors")
+        kohya[f"{name}.alpha"] = torch.tensor(alpha_of(module))
+    return kohya
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> Path:
+    """Adapters in diffusers' form, without and with a scale, and in kohya's."""
+    folder = tmp_path_factory.mktemp("adapters")
+    weights = add_adapter(changed(0), r=4, lora_alpha=4)
+    StableDiffusionPipeline.save_lora_weights(folder / "folder", weights)
+    shutil.copy(folder / "folder" / rows.ADAPTER, folder / "mine.safetensors")
+    save_file(as_kohya(weights, lambda module: 2.), folder / "kohya.safetensors")
+
+    for name, options in SCALES.items():
+        unet = changed(0)
+        weights = add_adapter(unet, **options)
+        scale = unet.peft_config["default"].to_dict()
+        StableDiffusionPipeline.save_lora_weights(folder / name, weights,
+                                                  unet_lora_adapter_metadata=scale)
+
+    # Ranks of each layer's own, and alphas, which diffusers does not know.
+    weights = add_adapter(changed(0), **SCALES["patterns"])
+    save_file(as_kohya(weights, lambda module: 3.), folder / "kohya-ranks.safetensors")
+    mixed = as_kohya(weights, lambda module: 3. if module.endswith("to_q") else 8.)
+    save_file(mixed, folder / "kohya-alphas.safetensors")
     return folder
 
 
@@ -213,11 +247,31 @@ def diffusers_with_adapter(folder: Path, file: str) -> UNet2DConditionModel:
     ("folder", f"folder/{rows.ADAPTER}"),
     ("mine.safetensors", "mine.safetensors"),
     ("kohya.safetensors", "kohya.safetensors"),
+    ("kohya-ranks.safetensors", "kohya-ranks.safetensors"),
+    *[(name, f"{name}/{rows.ADAPTER}") for name in SCALES],
 ])
 def test_an_adapter_in_the_weights_equals_diffusers_own(adapters, s, where, file):
     ours = answer(rows.load_row(s, str(adapters / where)))
     theirs = answer(diffusers_with_adapter(adapters, file))
     assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_run_starts_from_an_adapter_at_its_scale(adapters, s):
+    start = load_start(dataclasses.replace(s, start=str(adapters / "alpha"), dtype="bfloat16"))
+    theirs = diffusers_with_adapter(adapters, f"alpha/{rows.ADAPTER}")
+    assert torch.allclose(answer(start), answer(theirs), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["alpha", "patterns"])
+def test_an_adapter_of_pefts_own_is_what_peft_makes_of_it(s, tmp_path, name):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(**SCALES[name], init_lora_weights=False, target_modules=["to_q", "to_v"])
+    theirs = get_peft_model(models.load_unet(s, BASE), config).eval()
+    theirs.save_pretrained(tmp_path / "peft")
+    ours = rows.load_row(s, str(tmp_path / "peft"))
+    assert torch.allclose(answer(ours), answer(theirs), atol=1e-4)
 
 
 @pytest.mark.parametrize("published, where, file", [
@@ -229,6 +283,73 @@ def test_an_adapter_comes_from_the_hub_too(adapters, s, published, where, file, 
     theirs = answer(diffusers_with_adapter(adapters, file))
     hub_cache(monkeypatch, tmp_path, "me/adapter", adapters / published)
     assert torch.allclose(answer(rows.load_row(s, where)), theirs, atol=1e-4)
+
+
+# ---- checkpoints of one file ----
+
+# diffusers' names of a UNet's layers, and those of the original Stable Diffusion code.
+ORIGINAL = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    # Two blocks down of one layer each, and two up of two layers each: the base's.
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "down_blocks.1.attentions.0": "input_blocks.3.1",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.attentions.0": "output_blocks.0.1",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.attentions.1": "output_blocks.1.1",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+}
+ORIGINAL_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def as_checkpoint(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """The weights of a UNet like the base's under the original code's names."""
+    weights = {}
+    for key, weight in unet.state_dict().items():
+        layer = next(name for name in ORIGINAL if key.startswith(name + "."))
+        rest = key.removeprefix(layer + ".")
+        if "resnets" in layer:
+            part = rest.split(".")[0]
+            rest = rest.replace(part, ORIGINAL_RESNET[part])
+        weights[f"model.diffusion_model.{ORIGINAL[layer]}.{rest}"] = weight
+    return weights
+
+
+@pytest.mark.parametrize("save, other", [
+    (as_checkpoint, {"first_stage_model.x": torch.zeros(1)}),
+    (UNet2DConditionModel.state_dict, {}),
+])
+def test_the_unet_of_a_checkpoint_of_one_file_is_found(made, s, tmp_path, save, other):
+    expected = UNet2DConditionModel.from_pretrained(made / "outside/unet").eval()
+    weights = save(expected)
+    save_file(weights | other, tmp_path / "civitai.safetensors")
+    unet = rows.load_row(s, str(tmp_path / "civitai.safetensors"))
+    assert torch.equal(answer(unet), answer(expected))
+
+    # With a weight missing it is none.
+    weights.pop(next(key for key in weights if "bias" in key))
+    save_file(weights | other, tmp_path / "part.safetensors")
+    message = refuses(rows.load_row, s, str(tmp_path / "part.safetensors"))
+    assert "part.safetensors" in message
+    assert "lacks weights" in message
 
 
 # ---- the two controls ----
@@ -300,12 +421,40 @@ def bad_models(made, adapters, tmp_path, monkeypatch) -> Path:
         "wide": {"cross_attention_dim": 768},
         "clip": {"_class_name": "CLIPTextModel"},
         "weightless": {},
+        "timed": {"time_cond_proj_dim": 8},
     }
     for name, change in changes.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config | change))
     weights = tmp_path / "weightless/diffusion_pytorch_model.safetensors"
     weights.write_bytes(b"<html>")
+
+    # Pipelines of the base's architecture, whose other parts are of another kind.
+    parts = {
+        "velocity": ("scheduler", {"prediction_type": "v_prediction"}),
+        "edm": ("scheduler", {"_class_name": "EDMEulerScheduler", "beta_schedule": None}),
+        "betas": ("scheduler", {"beta_end": .02}),
+        "latents": ("vae", {"latents_mean": [0.] * 12, "latents_std": [1.] * 12}),
+        "scaled": ("vae", {"scaling_factor": .5}),
+    }
+    for name, (part, change) in parts.items():
+        folder = shutil.copytree(made / "outside", tmp_path / name)
+        shutil.copytree(WORLD_BASE / part, folder / part)
+        file = next((folder / part).glob("*.json"))
+        file.write_text(json.dumps({key: value for key, value in
+                                    (json.loads(file.read_text()) | change).items()
+                                    if value is not None}))
+
+    shutil.copy(adapters / "kohya-alphas.safetensors", tmp_path / "alphas.safetensors")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/pytorch_lora_weights.bin").write_bytes(b"x")
+    scaled = load_file(adapters / "kohya.safetensors")
+    some = next(key for key in scaled if key.endswith("lora_up.weight"))
+    scaled[some.replace("lora_up.weight", "dora_scale")] = torch.ones(4)
+    save_file(scaled, tmp_path / "dora.safetensors")
+    elsewhere = load_file(adapters / "mine.safetensors")
+    elsewhere = {key.replace("down_blocks.1", "down_blocks.0"): w for key, w in elsewhere.items()}
+    save_file(elsewhere, tmp_path / "elsewhere.safetensors")
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.safetensors").write_bytes(b"<html>")
@@ -319,6 +468,7 @@ def bad_models(made, adapters, tmp_path, monkeypatch) -> Path:
         raise ConnectionError("no name\nresolution")
 
     monkeypatch.setattr("huggingface_hub.list_repo_files", no_hub)
+    hub.hub_names.cache_clear()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -328,11 +478,22 @@ def bad_models(made, adapters, tmp_path, monkeypatch) -> Path:
     ("./clip", ["CLIPTextModel", "UNet2DConditionModel"]),
     ("./empty", ["no unet/config.json", "adapter"]),
     ("./nowhere", ["no such file or folder"]),
-    ("./broken.safetensors", ["no adapter that diffusers reads"]),
+    ("./timed", ["time_cond_proj_dim 8"]),
+    ("./velocity", ["prediction_type v_prediction", "--model"]),
+    ("./edm", ["EDMEulerScheduler"]),
+    ("./betas", ["other betas", "--model"]),
+    ("./latents", ["latents_mean", "--model"]),
+    ("./scaled", ["scaling_factor 0.5", "--model"]),
+    ("./pickled", ["pytorch_lora_weights.bin", ".safetensors"]),
+    ("./dora.safetensors", ["dora_scale"]),
+    ("./alphas.safetensors", ["alphas of their own", "merge it"]),
+    ("./broken.safetensors", ["no whole safetensors file"]),
     ("./both.safetensors", ["text_encoder", "--model"]),
     ("./nothing.safetensors", ["nothing.safetensors"]),
     ("./nowhere/x.safetensors", ["no such file or folder"]),
-    ("me/typing-error", ["ConnectionError", "local copy"]),
+    ("me/typing-error", ["out of reach", "local copy"]),
+    ("me/" + "x" * 300, ["out of reach", "local copy"]),
+    ("x" * 300, ["no such file or folder"]),
     ("run/typing-error", ["no such file or folder"]),
     ("extrapolate:Iter7:2", ["iter7/unet does not exist", "--iter 7"]),
     ("guide:Iter0", ["guide:IterK:W"]),
@@ -348,6 +509,31 @@ def test_a_row_that_cannot_work_is_refused_before_any_is_drawn(bad_models, run, 
 
 def test_a_unet_without_readable_weights_is_refused(bad_models, s):
     assert "download it again" in refuses(rows.load_row, s, str(bad_models / "weightless"))
+
+
+@pytest.mark.parametrize("content, words", [
+    ("not finite", "its weights are not finite (conv_in.bias)"),
+    ("", "missing or damaged"),
+    (None, "missing or damaged"),
+])
+def test_a_trained_model_that_is_damaged_is_told_how_to_be_made_again(run, content, words):
+    file = run / "iter3/unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file) | {"conv_in.bias": torch.full((48,), torch.inf)}
+    file.unlink()
+    if content == "not finite":
+        save_file(weights, file)
+    elif content is not None:
+        file.write_text(content)
+    message = refuses(evaluate, run, "--only", "Iter3")
+    assert f"{run}/iter3/unet: " in message
+    assert words in message
+    assert f"delete {run}/iter3/unet and run 04_train_dpo.py --run {run} --iter 3" in message
+
+
+def test_an_adapter_of_another_model_is_refused(bad_models, s):
+    message = refuses(rows.load_row, s, str(bad_models / "elsewhere.safetensors"))
+    assert "elsewhere.safetensors" in message
+    assert "give an adapter of this model" in message
 
 
 # ---- which rows there are ----
@@ -399,7 +585,8 @@ def test_rivals_are_rows_and_one_that_is_gone_costs_only_itself(preset, names, m
 
     monkeypatch.setattr(rows, "check", check)
     s = Settings(**PRESETS[preset] | {"run": "none"})
-    arguments = SimpleNamespace(images="", row=[], only="", rivals=True)
+    arguments = SimpleNamespace(images="", row=[], only="", rivals=True, drop=[],
+                                scores_only=True)
     compared = stage("05").rows_of_table(s, arguments)
     assert {name for name, where in compared.items() if isinstance(where, str)} == names
     assert "row DiffusionDPO is left out: mhdang/dpo-sd" in capsys.readouterr().out
@@ -533,6 +720,76 @@ def test_a_picture_without_a_caption_is_refused(two_pictures):
     assert "no caption 1.txt" in refuses(rows.read_images, str(two_pictures))
 
 
+@pytest.mark.parametrize("as_cell", [
+    lambda content: content,
+    lambda content: {"bytes": content, "path": "0.png"},
+])
+def test_pictures_may_be_bytes_of_a_parquet_table(two_pictures, tmp_path, as_cell):
+    content = (two_pictures / "0.png").read_bytes()
+    table = pd.DataFrame({"prompt": captions.CAPTIONS[:1], "image": [as_cell(content)]})
+    table.to_parquet(tmp_path / "mine.parquet")
+    jobs = rows.image_jobs(tmp_path / "run", "mine", str(tmp_path / "mine.parquet"), None)
+    assert jobs.prompt.tolist() == captions.CAPTIONS[:1]
+    assert (tmp_path / "run" / jobs.image[0]).read_bytes() == content
+
+
+def write_caption(folder: Path) -> Path:
+    (folder / "1.txt").write_bytes("ein Bär".encode("latin-1"))
+    return folder
+
+
+def write_parquet(column: str, value):
+    def write(folder: Path) -> Path:
+        row = {"prompt": "a", "image": "0.png"} | {column: value}
+        pd.DataFrame([row]).to_parquet(folder / "mine.parquet")
+        return folder / "mine.parquet"
+    return write
+
+
+def write_link(folder: Path) -> Path:
+    (folder / "link.png").symlink_to(folder.parent / "elsewhere.png")
+    Image.new("RGB", (32, 32)).save(folder.parent / "elsewhere.png")
+    return write_parquet("image", "link.png")(folder)
+
+
+def write_empty_caption(folder: Path) -> Path:
+    (folder / "1.txt").write_text(" \n")
+    return folder
+
+
+def write_no_parquet(folder: Path) -> Path:
+    (folder / "mine.parquet").write_bytes(b"PAR1 is not all")
+    return folder / "mine.parquet"
+
+
+@pytest.mark.parametrize("write, words", [
+    (write_caption, ["1.txt, line 1", "UTF-8"]),
+    (write_empty_caption, ["1.png", "no prompt"]),
+    (write_parquet("prompt", None), ["mine.parquet, row 1", "no prompt"]),
+    (write_parquet("prompt", 7), ["mine.parquet, row 1", "prompt is 7"]),
+    (write_parquet("prompt", ["a", "b"]), ["mine.parquet, row 1", "prompt is"]),
+    (write_parquet("image", None), ["mine.parquet, row 1", "no image"]),
+    (write_parquet("image", 7), ["mine.parquet, row 1", "no image"]),
+    (write_parquet("image", "x" * 300), ["mine.parquet, row 1", "no file"]),
+    (write_parquet("image", b"x" * 300), ["mine.parquet, row 1", "cannot read the image"]),
+    (write_link, ["mine.parquet, row 1", "link", "move the table"]),
+    (write_no_parquet, ["mine.parquet", "not a readable Parquet file"]),
+])
+def test_pictures_that_cannot_be_read_are_told_in_a_line(two_pictures, tmp_path, write, words):
+    where = str(write(two_pictures))
+    message = refuses(rows.image_jobs, tmp_path / "run", "mine", where, None)
+    assert len(message) < 500
+    for word in words:
+        assert word in message
+
+
+def test_a_folder_of_pictures_may_be_a_link(two_pictures, tmp_path):
+    (tmp_path / "link").symlink_to(two_pictures)
+    (two_pictures / "._0.png").write_bytes(b"of macOS")
+    read = rows.read_images(str(tmp_path / "link"))
+    assert [picture.image.name for picture in read] == ["0.png", "1.png"]
+
+
 # ---- what is kept, and for whom ----
 
 def test_noise_belongs_to_a_prompt_and_not_to_a_model(run):
@@ -664,13 +921,19 @@ def test_two_processes_share_the_scoring(run, s, as_two_processes, monkeypatch):
     assert sorted(sum(scored_by.values(), [])) == sorted(jobs.prompt)
 
 
-def test_a_broken_picture_is_told_by_its_row(run, s):
+def test_a_broken_picture_is_made_again_as_the_message_says(run, s):
     of_base = evaluate(run, "--only", "base")
     shutil.rmtree(run / "eval/scores")
-    (run / of_base.image[2]).write_bytes(b"broken")
-    folder = Path(of_base.image[2]).parent
+    picture = run / of_base.image[2]
+    whole = picture.read_bytes()
+    picture.write_bytes(b"broken")
     message = refuses(scores.score_rows, s, {"base": of_base})
-    assert f"{folder}, row 3: cannot read the image" in message
+    assert f"{picture}: cannot read the image" in message
+    assert "delete it, and the same command makes it again" in message
+
+    picture.unlink()
+    evaluate(run, "--only", "base")
+    assert picture.read_bytes() == whole
 
 
 @pytest.mark.parametrize("reward, column", [

@@ -1,9 +1,9 @@
 """The rows of the table: any model, named by where it lies, and pictures that exist already.
 
     3                              model 3 of the run (BASE is the base model)
-    FOLDER, FILE or owner/name     a diffusers pipeline (its unet/), a UNet, or a low-rank adapter
-                                   of the base's UNet
-    owner/name/FILE.safetensors    one of several adapters of a hub model
+    FOLDER, FILE or owner/name     a diffusers pipeline (its unet/), a UNet, a checkpoint of one
+                                   file (its UNet), or a low-rank adapter of the base's UNet
+    owner/name/FILE.safetensors    one of the files of a hub model
     extrapolate:Iter0:2            weights base + 2 (Iter0 - base), as lib/rivals/controls.py tells
     guide:Iter0:1.5                prediction Iter0 + 1.5 (Iter0 - base), likewise
     images:PATH                    pictures that exist: a CSV, JSONL or Parquet table with prompt
@@ -11,24 +11,31 @@
                                    with a .txt caption beside each
 
 The first is an int, the others are texts. A row is a UNet: text encoders, VAE and sampler are the
-base's. A model that changed its text encoder too is scored as it is when given as the base of a
-folder of its own, `--model owner/name`. Drawing and scoring the rows is lib/eval/scores.py.
+base's, and a pipeline of another noise schedule or latent space is refused. A model that changed
+its text encoder too is scored as it is when given as the base of a folder of its own, `--model
+owner/name`. Drawing and scoring the rows is lib/eval/scores.py.
 """
 
+import hashlib
+import io
+import os
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pandas as pd
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from lib import models
-from lib.data.tables import text_rows
+from lib import hub, kinds, models
+from lib.data.pairs import file_within, table_picture
+from lib.data.pictures import Encoded, read_picture
+from lib.data.tables import (cell_text, is_hidden, need_columns, parquet_rows, read_text, suffix_of,
+                             text_rows)
 from lib.models import BASE
 from lib.rivals.controls import load_control, parse_control
-from lib.run import UserError, atomic, inside, open_image, seed_of
+from lib.run import PICTURE_FORMATS, UserError, atomic, is_whole, seed_of
 from lib.settings import Settings
 
 # How the text of a row of pictures begins.
@@ -55,6 +62,7 @@ FULL_DATA = 800_000
 
 def load_row(s: Settings, where: int | str) -> torch.nn.Module:
     """Load what paints a row's pictures: a frozen UNet on the device, called as diffusers' is."""
+    kinds.check_model(s)
     if isinstance(where, int):
         return models.load_unet(s, where)
 
@@ -83,9 +91,9 @@ def check(s: Settings, where: str) -> None:
                             f"(04_train_dpo.py --iter {control.k})")
         return
 
-    adapter, _ = look_into(s, where)
-    if adapter:
-        read_adapter(s, where, adapter)
+    found = look_into(s, where)
+    if found.kind == "adapter":
+        read_adapter(s, where, found.place)
 
 
 def identity(s: Settings, where: int | str) -> str:
@@ -101,13 +109,13 @@ def identity(s: Settings, where: int | str) -> str:
 
     path = Path(where)
     stamps = []
-    for file in sorted([path, *two_levels(path)]):
+    for file in sorted([path, *hub.two_levels(path)]):
         if file.is_file():
             stamps.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}")
     if stamps:
         return " ".join(stamps)
 
-    return f"{where}@{hub_commit(where)}"
+    return f"{where}@{hub.hub_commit(where)}"
 
 
 def folder_name(name: str, stamp: str) -> str:
@@ -118,13 +126,25 @@ def folder_name(name: str, stamp: str) -> str:
 
 # ---- models from elsewhere: folders, files and the hub ----
 
-# The name under which diffusers saves an adapter.
+# The names under which diffusers and peft save an adapter.
 ADAPTER = "pytorch_lora_weights.safetensors"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILE = re.compile(HUB_ID.pattern + r"/[\w.-]+\.safetensors")
+PEFT_ADAPTER = "adapter_model.safetensors"
+
+# How the names of a UNet's weights begin in a checkpoint of one file, and in diffusers' own.
+CHECKPOINT = ("model.diffusion_model.", "conv_in.")
 
 # What a UNet must have in common with the base's.
-ARCHITECTURE = ("_class_name", "in_channels", "cross_attention_dim", "addition_embed_type")
+ARCHITECTURE = ("_class_name", "in_channels", "out_channels", "cross_attention_dim",
+                "addition_embed_type", *kinds.UNTOLD)
+
+# What a latent's scale is made of.
+LATENT_SPACE = ("scaling_factor", "latents_mean", "latents_std", "shift_factor")
+
+
+class Found(NamedTuple):
+    """What a row's text leads to."""
+    kind: str                    # "unet", "checkpoint" or "adapter"
+    place: str                   # the UNet's folder in it, "unet" or "", or else the file's name
 
 
 def load_unet_at(s: Settings, where: str) -> UNet2DConditionModel:
@@ -132,205 +152,217 @@ def load_unet_at(s: Settings, where: str) -> UNet2DConditionModel:
 
     It is frozen, on the device, in dtype_of(s).
     """
-    adapter, options = look_into(s, where)
-    if adapter:
-        unet = load_with_adapter(s, where, adapter)
+    found = look_into(s, where)
+    if found.kind == "adapter":
+        unet = load_with_adapter(s, where, found.place)
+    elif found.kind == "checkpoint":
+        unet = load_checkpoint(s, where, found.place)
     else:
-        unet = load_whole_unet(s, where, options)
+        unet = models.load_weights(UNet2DConditionModel, where, found.place,
+                                   dtype=models.dtype_of(s))
     return unet.requires_grad_(False).eval().to(models.device_of(s))
 
 
-def look_into(s: Settings, where: str) -> tuple[str, dict[str, str]]:
-    """Find out what `where` holds, by the names of its files -> (adapter, options).
+def look_into(s: Settings, where: str) -> Found:
+    """Find out what `where` holds, by the names of its files and by its configurations.
 
-    An adapter is the name of its file. If it is "", there is a whole UNet of the base's
-    architecture, and diffusers needs the options beside `where` to load it: a subfolder, perhaps a
-    variant.
+    UserError: nothing that can be a row, or a UNet that the base's other parts do not fit.
     """
-    source, file = split_file(where)
+    source, file = hub.split_file(where)
     if file:
-        names = [file]
-    else:
-        names = names_at(source)
+        return look_into_file(where, source, file)
 
     # A pipeline has its UNet in unet/, a UNet by itself has no such folder.
-    for folder in ("unet/", ""):
-        if f"{folder}config.json" in names:
-            return "", unet_options(s, where, folder, names)
+    names = hub.names_at(source)
+    for folder in ("unet", ""):
+        prefix = f"{folder}/" if folder else ""
+        if f"{prefix}config.json" in names:
+            check_unet(s, where, folder)
+            check_pipeline(s, where, names)
+            hub.weight_files(where, prefix, "diffusion_pytorch_model")
+            return Found("unet", folder)
 
-    # No UNet, so an adapter: of diffusers' own name for one, or the only weights there are.
-    adapters = [n for n in names if n.endswith(".safetensors") and "/" not in n]
-    if ADAPTER in adapters:
-        return ADAPTER, {}
-    if len(adapters) == 1:
-        return adapters[0], {}
+    # No UNet, so a file: of the usual names for an adapter, or the only weights there are.
+    files = [n for n in names if "/" not in n and n.endswith((".safetensors", *hub.PICKLED))]
+    for usual in (ADAPTER, PEFT_ADAPTER):
+        if usual in files:
+            return look_into_file(where, source, usual)
+    if len(files) == 1:
+        return look_into_file(where, source, files[0])
     raise UserError(f"{where}: holds no unet/config.json, no config.json and no single "
                     f".safetensors adapter; give a diffusers pipeline, a UNet or an adapter (its "
                     f"file, where there are several)")
 
 
-def unet_options(s: Settings, where: str, folder: str, names: list[str]) -> dict[str, str]:
-    """Choose the options with which diffusers loads the UNet in `folder` ("unet/" or "").
+def look_into_file(where: str, source: str, file: str) -> Found:
+    """Tell a checkpoint from an adapter by the names of its weights."""
+    if not file.endswith(".safetensors"):
+        raise UserError(f"{where}: {file} is no .safetensors file, and no other is opened; have it "
+                        f"saved as one")
+    if any(key.startswith(CHECKPOINT) for key in hub.keys_of(hub.file_at(source, file))):
+        return Found("checkpoint", file)
+    return Found("adapter", file)
 
-    A UNet of another architecture than the base's is refused.
-    """
-    options = {}
-    if folder:
-        options["subfolder"] = "unet"
 
-    # Some are published in half precision only, under names that diffusers must be told of.
-    weights = [n for n in names if n.startswith(f"{folder}diffusion_pytorch_model.")]
-    if weights and all(".fp16." in n for n in weights):
-        options["variant"] = "fp16"
-
-    try:
-        config = UNet2DConditionModel.load_config(where, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: its {folder}config.json is not readable "
-                        f"({first_line(error)}); restore it") from None
-
+def check_unet(s: Settings, where: str, folder: str) -> None:
+    """UserError if a UNet is of another architecture than the base's."""
     # What cannot take the base's latents and prompts would fail only when it is drawn from.
+    theirs = models.config_of(UNet2DConditionModel, where, folder)
     base = {"_class_name": "UNet2DConditionModel"} | models.unet_config(s)
     for key in ARCHITECTURE:
-        if config.get(key) != base.get(key):
-            raise UserError(f"{where}: its {folder}config.json has {key} {config.get(key)}, that "
-                            f"of {s.model} {base.get(key)}; give a model of the same architecture")
-    return options
+        if theirs.get(key) != base[key]:
+            raise UserError(f"{where}: its UNet's config.json has {key} {theirs.get(key)}, that of "
+                            f"{s.model} {base[key]}; give a model of the same architecture")
 
 
-def load_whole_unet(s: Settings, where: str, options: dict[str, str]) -> UNet2DConditionModel:
+def check_pipeline(s: Settings, where: str, names: list[str]) -> None:
+    """UserError if a pipeline's UNet wants another noise schedule or VAE than the base's."""
+    remedy = "give it as --model of a run in a folder of its own"
+    if "scheduler/scheduler_config.json" in names:
+        theirs = models.read_config(DDPMScheduler, where, "scheduler")
+        kinds.refuse_schedule(where, theirs)
+
+        # The sampler goes through the base's schedule, and takes the UNet's answer as the base's.
+        ours = models.load_schedule(s)
+        prediction = kinds.prediction_of(theirs)
+        if prediction != ours.config.prediction_type:
+            raise UserError(f"{where}: its scheduler has prediction_type {prediction}, that of "
+                            f"{s.model} {ours.config.prediction_type}; {remedy}")
+        schedule = models.load_part(DDPMScheduler.from_pretrained, where, subfolder="scheduler")
+        alphas = schedule.alphas_cumprod
+        if not torch.allclose(alphas, ours.alphas_cumprod, atol=1e-4):
+            raise UserError(f"{where}: its scheduler has other betas than that of {s.model}; "
+                            f"{remedy}")
+
+    if "vae/config.json" in names:
+        vae = models.config_of(AutoencoderKL, where, "vae")
+        base = models.vae_config(s)
+        for key in LATENT_SPACE:
+            if vae[key] != base[key]:
+                raise UserError(f"{where}: its VAE has {key} {vae[key]}, the base's {base[key]}; "
+                                f"{remedy}")
+
+
+def load_checkpoint(s: Settings, where: str, file: str) -> UNet2DConditionModel:
+    """Load the UNet of a checkpoint of one file, which has no configuration: it is the base's."""
+    source, _ = hub.split_file(where)
+    path = str(hub.file_at(source, file))
     try:
-        return UNet2DConditionModel.from_pretrained(where, dtype=models.dtype_of(s), **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: diffusers cannot load its UNet ({first_line(error)}); download "
-                        f"it again") from None
+        unet = UNet2DConditionModel.from_single_file(
+            path, config=models.local_or_hub(s.model), subfolder="unet", dtype=models.dtype_of(s))
+    # Weights of another model, and missing ones, raise nearly every kind of error.
+    except Exception as error:
+        raise UserError(f"{where}: {file} does not fit the UNet of {s.model}, or lacks weights of "
+                        f"it ({hub.first_line(error)}); give a whole checkpoint of this "
+                        f"kind") from None
+
+    models.refuse_unsound(unet, [], where, "give another checkpoint")
+    return unet
 
 
-def load_with_adapter(s: Settings, where: str, adapter: str) -> UNet2DConditionModel:
+def load_with_adapter(s: Settings, where: str, file: str) -> UNet2DConditionModel:
     """Load the base's UNet and add an adapter to its weights, in float32."""
-    state, alphas = read_adapter(s, where, adapter)
+    state, options = read_adapter(s, where, file)
     unet = models.load_unet(s, BASE, trained=True)
+    remedy = "give an adapter of this model"
 
     try:
-        unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: {adapter} does not fit the UNet of {s.model} "
-                        f"({first_line(error)}); give an adapter of this model") from None
+        unet.load_lora_adapter(state, prefix="unet", **options)
+    except Exception as error:
+        raise UserError(f"{where}: {file} does not fit the UNet of {s.model} "
+                        f"({hub.first_line(error)}); {remedy}") from None
+
+    # diffusers leaves out what has no place, and only warns.
+    placed = [name for name, _ in unet.named_parameters() if "lora_" in name]
+    if len(placed) != len(state):
+        raise UserError(f"{where}: {len(state) - len(placed)} of {len(state)} weights of {file} "
+                        f"have no place in the UNet of {s.model}; {remedy}")
 
     # The adapter goes into the weights; its own layers are then in the way.
     unet.fuse_lora()
     unet.unload_lora()
+    models.refuse_unsound(unet, [], where, "give another adapter")
     return unet.to(models.dtype_of(s))
 
 
-def read_adapter(s: Settings, where: str, adapter: str) -> tuple[dict, dict | None]:
-    """Read an adapter in any format that diffusers reads -> (state, alphas).
+def read_adapter(s: Settings, where: str, file: str) -> tuple[dict, dict]:
+    """Read an adapter in any format that diffusers or peft writes -> (state, options).
 
-    The weights come under diffusers' names; the alphas are the scales, where the file has some.
+    The state's names begin with "unet."; the options tell load_lora_adapter the adapter's scales:
+    kohya's alphas, or the configuration that diffusers and peft keep beside the weights.
     """
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+    source, _ = hub.split_file(where)
+    path = hub.file_at(source, file)
+    if any("dora_scale" in key for key in hub.keys_of(path)):
+        raise UserError(f"{where}: {file} is a DoRA (dora_scale), whose scales diffusers drops; "
+                        f"merge it into a UNet, and give that")
+
+    pipeline = StableDiffusionPipeline
     if models.is_sdxl(s.model):
         pipeline = StableDiffusionXLPipeline
-    else:
-        pipeline = StableDiffusionPipeline
     config = SimpleNamespace(**models.unet_config(s))
-    source, _ = split_file(where)
-
     try:
-        state, alphas, *_ = pipeline.lora_state_dict(
-            source, weight_name=adapter, use_safetensors=True, unet_config=config)
+        state, alphas, metadata = pipeline.lora_state_dict(
+            str(path.parent), weight_name=path.name, use_safetensors=True, unet_config=config,
+            return_lora_metadata=True)
+        state, metadata = under_unet(state, metadata or peft_config(source, file))
     # Each format's reader raises its own kinds of errors.
     except Exception as error:
-        raise UserError(f"{where}: {adapter} is no adapter that diffusers reads "
-                        f"({first_line(error)})") from None
+        raise UserError(f"{where}: {file} is no adapter that diffusers reads "
+                        f"({hub.first_line(error)})") from None
 
-    # A row changes the UNet and nothing else.
+    check_adapter(s, where, file, state)
+    if len(set((alphas or {}).values())) > 1:
+        raise UserError(f"{where}: the layers of {file} have alphas of their own, which diffusers "
+                        f"drops; merge it into a UNet with the program that made it, and give that")
+    return state, {"network_alphas": alphas, "metadata": metadata}
+
+
+def under_unet(state: dict, metadata: dict | None) -> tuple[dict, dict | None]:
+    """The weights and configuration of an adapter, all under names that begin with "unet."."""
+    if any(key.startswith(("unet.", "text_encoder")) for key in state):
+        return state, metadata
+
+    # peft's files, and those of a UNet by itself, name the UNet's layers alone.
+    state = {"unet." + key.removeprefix("base_model.model."): w for key, w in state.items()}
+    if metadata:
+        metadata = {f"unet.{key}": value for key, value in metadata.items()}
+    return state, metadata
+
+
+def peft_config(source: str, file: str) -> dict | None:
+    """The configuration beside peft's own file."""
+    if file != PEFT_ADAPTER:
+        return None
+    from peft import LoraConfig
+    return LoraConfig.from_pretrained(hub.file_at(source, "adapter_config.json").parent).to_dict()
+
+
+def check_adapter(s: Settings, where: str, file: str, state: dict) -> None:
+    """UserError unless an adapter has weights of a UNet, and no others."""
     others = [key for key in state if not key.startswith("unet.")]
-    if len(others) == len(state):
-        raise UserError(f"{where}: {adapter} has no weights for a UNet; give an adapter of the "
-                        f"UNet of {s.model}")
+    if len(others) == len(state) or not all("lora" in key for key in state):
+        raise UserError(f"{where}: {file} has no weights for a UNet, or others than an adapter's; "
+                        f"give a low-rank adapter of the UNet of {s.model}")
     if others:
-        raise UserError(f"{where}: {adapter} changes more than the UNet ({others[0]}); merge it "
+        raise UserError(f"{where}: {file} changes more than the UNet ({others[0]}); merge it "
                         f"into a pipeline, and give that as --model of a folder of its own")
-    return state, alphas
-
-
-def split_file(where: str) -> tuple[str, str]:
-    """Split `where` into a folder or hub id, and the file in it that it names, or ""."""
-    folder, _, file = where.rpartition("/")
-    if Path(where).is_file():
-        return folder or ".", file
-    if HUB_FILE.fullmatch(where) and not Path(folder).exists():
-        return folder, file
-    return where, ""
-
-
-def names_at(where: str) -> list[str]:
-    """List the files of a local folder, two levels deep, or of a hub model."""
-    path = Path(where)
-    if path.is_dir():
-        return [p.relative_to(path).as_posix() for p in two_levels(path)]
-    if not HUB_ID.fullmatch(where) or path.parent.is_dir():
-        raise UserError(f"{where}: no such file or folder, nor a hub id (owner/name)")
-
-    from huggingface_hub import list_repo_files
-    try:
-        return list_repo_files(where)
-    # Each network library raises its own kinds of errors.
-    except Exception as error:
-        names = list(in_cache(where))
-        if names:
-            return names
-        raise UserError(f"{where}: no such file or folder, and the hub did not give it "
-                        f"({type(error).__name__}); give a local copy") from None
-
-
-def two_levels(folder: Path) -> list[Path]:
-    """List what lies in a folder and in its folders; nothing where there is no such folder."""
-    return [*folder.glob("*"), *folder.glob("*/*")]
-
-
-def in_cache(hub_id: str) -> dict[str, str]:
-    """Find the files that tell what a hub model is in this machine's cache -> {name: path}."""
-    from huggingface_hub import try_to_load_from_cache
-
-    paths = {}
-    for name in ("unet/config.json", "config.json", ADAPTER, "model_index.json"):
-        # The answer is a path, None, or a mark that the file is known not to exist.
-        path = try_to_load_from_cache(hub_id, name)
-        if isinstance(path, str):
-            paths[name] = path
-    return paths
-
-
-def hub_commit(where: str) -> str:
-    """Ask the hub for a model's commit; offline it is the cache's, which is what will be loaded."""
-    from huggingface_hub import model_info
-
-    hub_id, _ = split_file(where)
-    try:
-        return model_info(hub_id).sha
-    # Each network library raises its own kinds of errors.
-    except Exception:
-        files = in_cache(hub_id)
-        if not files:
-            return ""
-
-        # The cache has them as snapshots/COMMIT/NAME.
-        name, path = next(iter(files.items()))
-        return Path(path).parts[-name.count("/") - 2]
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # ---- pictures that exist ----
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 TABLES = (".csv", ".jsonl", ".json", ".parquet")
+
+
+class Picture(NamedTuple):
+    """A picture from outside, and the prompt that it is of."""
+    prompt: str
+    style: str                   # "" where there is none
+    image: Encoded               # the file, or its bytes
+    place: str                   # file and row, for messages
 
 
 def image_jobs(run: Path, name: str, where: str, prompts: pd.DataFrame | None) -> pd.DataFrame:
@@ -340,104 +372,151 @@ def image_jobs(run: Path, name: str, where: str, prompts: pd.DataFrame | None) -
     numbers the pictures of a prompt.
     """
     # Alone, prompts are numbered as they come; beside models they have the evaluation's numbers.
-    table = read_images(where)
+    pictures = read_images(where)
     if prompts is None:
-        distinct = dict.fromkeys(table.prompt)
+        distinct = dict.fromkeys(picture.prompt for picture in pictures)
         prompt_ids = {prompt: i for i, prompt in enumerate(distinct)}
     else:
         prompt_ids = dict(zip(prompts.prompt, prompts.prompt_id))
-        table = table[table.prompt.isin(prompt_ids.keys())]
-        if table.empty:
+        pictures = [picture for picture in pictures if picture.prompt in prompt_ids]
+        if not pictures:
             raise UserError(f"--row {name}=images:{where}: none of its prompts is one of the "
                             f"evaluation's; to score the pictures alone, give --images {where}")
 
     # The folder's name has a hash of files and prompts, so that other pictures get another folder.
-    stats = []
-    for prompt, path in zip(table.prompt, table.image):
-        stats.append((prompt, path.name, path.stat().st_size, path.stat().st_mtime_ns))
-    folder = Path("eval/images") / folder_name(name, str(stats))
+    stamps = [(picture.prompt, stamp_of(picture.image)) for picture in pictures]
+    folder = Path("eval/images") / folder_name(name, str(stamps))
 
     jobs = []
-    seeds = table.groupby("prompt").cumcount()
-    for seed, row in zip(seeds, table.itertuples()):
-        prompt_id = prompt_ids[row.prompt]
-        image = folder / f"{prompt_id:06d}_{seed}{row.image.suffix.lower()}"
-        if not (run / image).exists():
-            # Opened before it is copied: a broken picture is told by its own name and row.
-            open_image(row.image, Path(where), row.Index + 1)
-            with atomic(run / image) as temporary:
-                shutil.copyfile(row.image, temporary)
-        jobs.append({"prompt_id": prompt_id, "prompt": row.prompt, "style": row.style, "seed": seed,
-                     "image": str(image)})
+    counts = dict.fromkeys(prompt_ids, 0)
+    for picture in pictures:
+        prompt_id = prompt_ids[picture.prompt]
+        seed = counts[picture.prompt]
+        counts[picture.prompt] += 1
+        image = folder / f"{prompt_id:06d}_{seed}{ending_of(picture)}"
+        if not is_whole(run / image):
+            copy_picture(picture, run / image)
+        jobs.append({"prompt_id": prompt_id, "prompt": picture.prompt, "style": picture.style,
+                     "seed": seed, "image": str(image)})
     return pd.DataFrame(jobs)
 
 
-def read_images(where: str) -> pd.DataFrame:
-    """Read a table of pictures or a folder of them -> (prompt, style, image: absolute path).
+def stamp_of(image: Encoded) -> tuple:
+    """Tell a picture from another."""
+    if isinstance(image, bytes):
+        return (hashlib.sha256(image).hexdigest(),)
+    return image.name, image.stat().st_size, image.stat().st_mtime_ns
 
-    A style is "" where there is none. Every image is a file that exists, and there is at least one.
+
+def ending_of(picture: Picture) -> str:
+    """How the name of a picture's copy ends: as its content is, whatever it was called."""
+    from PIL import Image
+    file = picture.image
+    if isinstance(file, bytes):
+        file = io.BytesIO(file)
+    try:
+        with Image.open(file, formats=PICTURE_FORMATS) as opened:
+            return {"JPEG": ".jpg"}.get(opened.format, f".{opened.format.lower()}")
+    except Exception as error:
+        raise unreadable(picture, error) from None
+
+
+def copy_picture(picture: Picture, path: Path) -> None:
+    """Copy a picture, as it is, after it was read to its end: a broken one is told by its row."""
+    try:
+        read_picture(picture.image)
+    except OSError as error:
+        raise unreadable(picture, error) from None
+
+    content = picture.image
+    if isinstance(content, Path):
+        content = content.read_bytes()
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def unreadable(picture: Picture, error: Exception) -> UserError:
+    name = picture.image.name if isinstance(picture.image, Path) else "in it"
+    return UserError(f"{picture.place}: cannot read the image {name} ({hub.first_line(error)}); "
+                     f"replace it or drop the row")
+
+
+def read_images(where: str) -> list[Picture]:
+    """Read a table of pictures or a folder of them. There is at least one, and every file exists.
+
+    UserError: a picture without a prompt, or outside the folder that the user names.
     """
-    path = Path(where).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(where))
+    if os.path.isdir(path):
         path = table_in(path) or path
 
-    if path.is_file():
-        table = read_table_of_images(path)
-    elif path.is_dir():
-        table = read_folder_of_images(path)
+    if os.path.isfile(path):
+        pictures = read_table_of_images(path)
+    elif os.path.isdir(path):
+        pictures = read_folder_of_images(path)
     else:
         raise UserError(f"images:{where}: no such file or folder")
 
-    for row, image in enumerate(table.image, 1):
-        if not image.is_file():
-            raise UserError(f"{path}, row {row}: no file {image.name}; restore it or drop the row")
-    if table.empty:
-        raise UserError(f"{path}: holds no picture")
-    return table
+    if not pictures:
+        raise UserError(f"{path}: holds no picture; give a table with prompt and image, or a "
+                        f"folder of {', '.join(PICTURES)}")
+    for picture in pictures:
+        if not picture.prompt:
+            raise UserError(f"{picture.place}: no prompt; write one there or drop the row")
+    return pictures
 
 
 def table_in(folder: Path) -> Path | None:
     """Find the table of a folder of pictures; metadata.csv is the hub's name for it."""
     for name in ("metadata", "images"):
         for path in sorted(folder.glob(f"{name}.*")):
-            if path.suffix in TABLES:
+            if suffix_of(path) in TABLES:
                 return path
     return None
 
 
-def read_table_of_images(path: Path) -> pd.DataFrame:
+def read_table_of_images(path: Path) -> list[Picture]:
     """Read a table with prompt, image and perhaps style, or with the hub's names of them."""
-    if path.suffix == ".parquet":
-        table = pd.read_parquet(path).reset_index(drop=True)
+    if suffix_of(path) == ".parquet":
+        rows = parquet_rows(path, str(path), lambda have: [*image_columns(have, str(path))])
     else:
-        table = pd.DataFrame([record for _, record in text_rows(path)])
-    if "image" not in table:
-        table = table.rename(columns={"file_name": "image", "caption": "prompt"})
+        rows = text_rows(path)
 
-    for column in ("prompt", "image"):
-        if column not in table.columns:
-            raise UserError(f"{path}: no column {column!r}; it has {', '.join(table.columns)}; "
-                            f"needed: prompt, image")
-
-    files = []
-    for row, image in enumerate(table.image, 1):
-        files.append(inside(path.parent, image, path, row))
-    styles = ""
-    if "style" in table:
-        styles = table["style"].fillna("").astype(str)
-    prompts = table.prompt.astype(str).str.strip()
-    return pd.DataFrame({"prompt": prompts, "image": files, "style": styles})
+    pictures = []
+    for place, record in rows:
+        columns = image_columns(record, place)
+        cells = {meant: record[column] for column, meant in columns.items()}
+        prompt = cell_text(cells["prompt"], place, "prompt")
+        style = cell_text(cells.get("style"), place, "style")
+        image = table_picture(cells["image"], path.parent, place)
+        pictures.append(Picture(prompt, style, image, place))
+    return pictures
 
 
-def read_folder_of_images(folder: Path) -> pd.DataFrame:
+def image_columns(have, where: str) -> dict[str, str]:
+    """The columns of a table of pictures that are read -> what they are here."""
+    names = {"prompt": "prompt", "image": "image", "style": "style"}
+    if "image" not in have:
+        names |= {"file_name": "image", "caption": "prompt"}
+    columns = {column: names[column] for column in have if column in names}
+    need_columns(("prompt", "image"), columns.values(), where)
+    return columns
+
+
+def read_folder_of_images(folder: Path) -> list[Picture]:
     """Read a folder, at any depth, in which every picture has its caption in a .txt beside it."""
-    rows = []
+    pictures = []
     for image in sorted(folder.rglob("*")):
-        if image.suffix.lower() not in PICTURES:
+        name = image.relative_to(folder)
+        if suffix_of(image) not in PICTURES or is_hidden(name):
             continue
-        caption = image.with_suffix(".txt")
-        if not caption.is_file():
+        caption = name.with_suffix(".txt")
+        if not (folder / caption).is_file():
             raise UserError(f"{image}: no caption {caption.name} beside it, nor a table "
                             f"metadata.csv in {folder}; add one")
-        rows.append((caption.read_text(encoding="utf-8").strip(), "", image))
-    return pd.DataFrame(rows, columns=["prompt", "style", "image"])
+
+        # A link in the folder does not lead out of it.
+        caption = file_within(folder, str(caption), str(image))
+        image = file_within(folder, str(name), str(image))
+        pictures.append(Picture(read_text(caption).strip(), "", image, str(image)))
+    return pictures

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lib.eval.scores import load_score
-from lib.run import bar, gathered, my_share, open_image
+from lib.run import bar, gathered, my_share, open_made
 from lib.settings import Settings
 
 BATCH = 64                                               # pictures in memory at once
@@ -57,10 +57,7 @@ def score(s: Settings, prompts: list[str], images: list[Path]) -> torch.Tensor:
     batches = []
     for start in bar(starts, f"{s.reward} ranks", "batch"):
         end = start + BATCH
-        pictures = []
-        for number, image in enumerate(images[start:end], start + 1):
-            pictures.append(open_image(image, Path(s.run), number))
-
+        pictures = [open_made(image) for image in images[start:end]]
         columns = scorer(prompts[start:end], pictures)
         batches.append((start, columns[column]))
 
