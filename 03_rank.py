@@ -19,10 +19,13 @@ denoising error that the current model theta saves against the anchor (the paper
 with the mean over D draws of (t, eps), which all candidates of a prompt share. The norm is a mean
 over C, h, w as in the loss, so that beta means the same in both.
 
-judge.json asks whether this self-judge agrees with people: its accuracy on held-out human pairs.
+A prompt whose candidates cannot be told apart gives no pair. judge.json asks whether this
+self-judge agrees with people: its accuracy on held-out human pairs, and what that allows to say.
 
     python 03_rank.py --run runs/tiny --iter 1
 """
+
+import lib.program  # noqa: F401, I001  first: Ctrl-C is answered from here on
 
 from pathlib import Path
 from typing import NamedTuple
@@ -33,13 +36,15 @@ import torch
 
 from lib import models, tracking
 from lib.diffusion import denoising_error, repeat
+from lib.finite import AGAIN, refuse_unfinite_data
 from lib.intervals import wilson
+from lib.judge import CROSSFIT, agreement_of_people, verdict
 from lib.models import BASE
 from lib.rivals.balanced import balance
 from lib.rivals.random_pair import random_pair
-from lib.run import (Ledger, UserError, bar, gathered, generator,
-                     inside, is_main, keep_code, latent_path, my_share, read_pairs, read_table,
-                     run_stage, wait, write_json, write_table)
+from lib.run import (Ledger, UserError, bar, begin, gathered, generator, inside, is_main,
+                     is_whole, latent_path, my_share, open_image, read_pairs, read_table,
+                     refuse_other_kinds, run_stage, wait, write_json, write_table)
 from lib.settings import ITER, Settings, load
 from lib.sheets import pair_sheet
 
@@ -64,11 +69,13 @@ def errors_of_prompts(
     t: torch.Tensor,
     noise: torch.Tensor,
     condition: dict,
+    at_once: int | None = None,
 ) -> torch.Tensor:
     """e(x_0) of every picture at every draw, by each of M models: (M, P, N, D).
 
     latents (P, N, C, h, w) are N pictures of each of P prompts, t (P, D) and
-    noise (P, D, C, h, w) the prompts' draws. P is more than 1 only to fill a batch.
+    noise (P, D, C, h, w) the prompts' draws. P is more than 1 only to fill a batch, and a forward
+    takes `at_once` noised latents only where memory is scarce (None: all of them).
     """
     P, N, *shape = latents.shape
     D = t.shape[1]
@@ -85,8 +92,15 @@ def errors_of_prompts(
     t = t.flatten()
     condition = repeat(condition, N * D)
 
-    errors = [denoising_error(unet, schedule, x_0, t, noise, condition) for unet in unets]
-    return torch.stack(errors).reshape(len(unets), P, N, D)
+    at_once = at_once or len(x_0)
+    errors = []
+    for unet in unets:
+        for start in range(0, len(x_0), at_once):
+            part = slice(start, start + at_once)
+            asked = {name: rows[part] for name, rows in condition.items()}
+            error = denoising_error(unet, schedule, x_0[part], t[part], noise[part], asked)
+            errors.append(error)
+    return torch.cat(errors).reshape(len(unets), P, N, D)
 
 
 def agreement(rewards: torch.Tensor) -> tuple[float, float, float]:
@@ -156,7 +170,8 @@ def measure_errors(
         encoder.prepare([comparison.prompt for comparison in comparisons])
     wait()
 
-    # Whole comparisons fill a batch of up to rank_batch noised latents; processes take turns.
+    # Whole comparisons fill a batch of up to rank_batch noised latents (of a larger one a forward
+    # takes a part); processes take turns.
     per_batch = max(1, s.rank_batch // (len(comparisons[0].images) * s.draws))
     batches = [comparisons[i:i + per_batch] for i in range(0, len(comparisons), per_batch)]
     measured = []
@@ -202,6 +217,7 @@ def errors_of_batch(
         t.to(device),
         torch.stack(noises).to(device),
         encoder([comparison.prompt for comparison in batch]),
+        s.rank_batch,
     )
     return t, errors
 
@@ -265,20 +281,31 @@ def known_anchor_errors(
     """The anchor's errors (pairs, 2, D) on the held-out pairs, if the last round had it too.
 
     They hold for the same pairs and the same timesteps t (pairs, D) alone: a user may have dropped
-    a pair since, or changed the draws.
+    a pair since, or changed the draws. A table that cannot be read is as good as none.
     """
     table = Path(s.run) / f"iter{k - 1}" / "holdout_draws.parquet"
     if not table.exists() or anchor_of(s, k - 1) != anchor_of(s, k):
         return None
-    columns = ("pair_id", "t", "anchor_error")
-    known = read_table(table, columns, f"03_rank.py --iter {k - 1}")
+    columns = ("pair_id", "side", "t", "anchor_error")
+    try:
+        known = read_table(table, columns, f"03_rank.py --iter {k - 1}")
+    except UserError:
+        print(f"{table} cannot be read: the anchor is measured again")
+        return None
 
+    # The table's rows, as they must be: pair by pair, winner and loser, draw by draw.
+    D = t.shape[1]
     pair_ids = [comparison.key[1] for comparison in holdout]
-    if list(known.pair_id.unique()) != pair_ids:
+    if known.pair_id.tolist() != np.repeat(pair_ids, 2 * D).tolist():
+        return None
+    if known.side.tolist() != np.tile(np.repeat(["win", "lose"], D), len(t)).tolist():
         return None
     if known.t.tolist() != t[:, None].expand(-1, 2, -1).flatten().tolist():
         return None
-    return torch.tensor(known.anchor_error.to_numpy()).reshape(len(holdout), 2, s.draws)
+    errors = pd.to_numeric(known.anchor_error, errors="coerce")
+    if not np.isfinite(errors).all():
+        return None
+    return torch.tensor(errors.to_numpy(np.float32)).reshape(len(t), 2, D)
 
 
 def rank_from_outside(
@@ -303,7 +330,10 @@ def outside_draws(reward: torch.Tensor) -> Draws:
 
 
 def choose_pairs(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws) -> pd.DataFrame:
-    """One pair for each prompt: its best and its worst candidate by the mean over the draws."""
+    """One pair for each prompt: its best and its worst candidate by the mean over the draws.
+
+    A prompt gives none where the two have the same reward, or are the same picture.
+    """
     rewards = draws.reward.mean(2)                                              # (P, N)
     win, lose = best_and_worst(rewards)
 
@@ -321,7 +351,7 @@ def choose_pairs(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws) ->
     source = "self"
     if s.reward != "implicit":
         source = s.reward
-    return pd.DataFrame({
+    pairs = pd.DataFrame({
         "pair_id": [f"self-{k}-{prompt_id:06d}" for prompt_id in first.prompt_id],
         "prompt": first.prompt.to_numpy(),
         "win": images[prompt, win],
@@ -330,6 +360,16 @@ def choose_pairs(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws) ->
         "margin": margin.numpy(),
         "prompt_id": first.prompt_id.to_numpy(),
     })
+
+    # A winner that is its own loser teaches nothing.
+    differ = np.array([latents_differ(s, pair) for pair in pairs.itertuples()])
+    return pairs[(pairs.margin > 0) & differ].reset_index(drop=True)
+
+
+def latents_differ(s: Settings, pair) -> bool:
+    """Whether winner and loser are two pictures, and not one that was drawn twice."""
+    (win, lose), _ = models.stack_latents([Path(s.run) / pair.win, Path(s.run) / pair.lose])
+    return not torch.equal(win, lose)
 
 
 def diversity(comparisons: list[Comparison]) -> float:
@@ -347,11 +387,16 @@ def read_candidates(s: Settings, k: int) -> pd.DataFrame:
     """The candidates, those of a prompt together, each with a latent."""
     path = Path(s.run) / f"iter{k}" / "candidates.parquet"
     columns = ("prompt_id", "prompt", "candidate", "image")
-    table = read_table(path, columns, f"02_generate.py --iter {k}")
-    for row, image in enumerate(table.image, start=1):
-        if not latent_path(inside(s.run, image, path, row)).exists():
-            raise UserError(f"{path}, row {row}: no latent beside {image}; delete {path} and run "
-                            f"02_generate.py again")
+    made_by = f"02_generate.py --iter {k}"
+    table = read_table(path, columns, made_by)
+    refuse_other_kinds(path, table, made_by, texts=("prompt", "image"),
+                       numbers=("prompt_id", "candidate"))
+    shape = models.latent_shape(s)
+    for row, name in enumerate(table.image, start=1):
+        image = inside(s.run, name, path, row)
+        if not models.has_latent(image, False, shape):
+            raise UserError(f"{path}, row {row}: no whole latent of shape {shape} beside {name}; "
+                            f"run {made_by} again, which makes it")
 
     # With unequal numbers the rewards would make no table (P, N).
     prompts = table.groupby("prompt_id", sort=False)
@@ -375,9 +420,24 @@ def holdout_comparisons(s: Settings) -> list[Comparison]:
     """The held-out human pairs, the preferred picture first."""
     if s.holdout_pairs == 0:
         return []
-    run, comparisons = Path(s.run), []
-    for pair in read_pairs(s.run, "seed/holdout.parquet", "01_seed.py").itertuples():
-        images = [run / pair.win, run / pair.lose]
+    pairs = read_pairs(s.run, "seed/holdout.parquet", "01_seed.py")
+    comparisons = comparisons_of_pairs(s, pairs)
+
+    # Latents that got lost are made again.
+    images = [image for comparison in comparisons for image in comparison.images]
+
+    def open_picture(i):
+        return open_image(images[i], Path(s.run) / "seed" / "holdout.parquet", i // 2 + 1)
+
+    models.ensure_latents(images, s, open_picture)
+    return comparisons
+
+
+def comparisons_of_pairs(s: Settings, pairs: pd.DataFrame) -> list[Comparison]:
+    """Human pairs to be judged, the preferred picture first."""
+    comparisons = []
+    for pair in pairs.itertuples():
+        images = [Path(s.run) / pair.win, Path(s.run) / pair.lose]
         comparisons.append(Comparison(("holdout", pair.pair_id), pair.prompt, images))
     return comparisons
 
@@ -420,6 +480,19 @@ def write_holdout_draws(folder: Path, holdout: list[Comparison], holdout_draws: 
     write_table(draws_table(holdout_draws, labels), folder / "holdout_draws.parquet")
 
 
+def crossfit_rewards(s: Settings, k: int) -> torch.Tensor | None:
+    """Rewards (pairs, 2) of human pairs, the preferred picture first, from lib/crossfit.py.
+
+    Each pair's are by a model that has not seen it; they speak for Iter0, the judge of round 1.
+    """
+    path = Path(s.run) / CROSSFIT
+    if k != 1 or not is_whole(path):
+        return None
+    table = read_table(path, ("pair_id", "side", "reward"), "lib/crossfit.py")
+    by_side = table.groupby(["pair_id", "side"]).reward.mean().unstack()
+    return torch.stack([torch.tensor(list(by_side[side])) for side in ("win", "lose")], 1)
+
+
 def describe_judge(
     s: Settings,
     k: int,
@@ -432,6 +505,15 @@ def describe_judge(
     if holdout_draws is not None:
         accuracy, low, high = agreement(holdout_draws.reward.mean(2))
         judge = {"accuracy": accuracy, "low": low, "high": high, "pairs": len(holdout_draws.reward)}
+
+    # Where few pairs are held out, all human pairs have been judged by models like Iter0.
+    rewards = crossfit_rewards(s, k)
+    if rewards is not None:
+        accuracy, low, high = agreement(rewards)
+        judge |= {"accuracy": accuracy, "low": low, "high": high, "pairs": len(rewards),
+                  "crossfit": True}
+    judge |= agreement_of_people(s.run)
+    judge["verdict"], _ = verdict(judge)
 
     anchor = "base"
     if anchor_of(s, k) != BASE:
@@ -446,31 +528,67 @@ def describe_judge(
         "diversity": diversity(comparisons),
         "margin": float(pairs.margin.mean()),
         "self_pairs": len(pairs),
+        "prompts_without_pair": len(comparisons) - len(pairs),
     }
 
 
-def summary_line(s: Settings, k: int, judge: dict, folder: Path) -> str:
-    name = s.reward
+def judge_name(s: Settings, k: int) -> str:
     if s.reward == "implicit":
-        name = f"model {k - 1}"
-    agrees = "has seen no"
-    if judge["pairs"]:
-        agrees = f"agrees with people on {judge['accuracy']:.0%} of {judge['pairs']}"
-    return (f"03 rank, iter {k}: {judge['self_pairs']} {s.select} pairs ranked by {name}, which "
-            f"{agrees} held-out pairs; see {folder}/preview.png")
+        return f"model {k - 1}"
+    return s.reward
+
+
+def summary_line(s: Settings, k: int, judge: dict, folder: Path) -> str:
+    without = ""
+    if judge["prompts_without_pair"]:
+        without = (f" ({judge['prompts_without_pair']} prompts gave none: their candidates could "
+                   f"not be told apart)")
+    _, sentence = verdict(judge)
+    return (f"03 rank, iter {k}: {judge['self_pairs']} {s.select} pairs ranked by "
+            f"{judge_name(s, k)}{without}; {sentence}; see {folder}/preview.png")
+
+
+# ---- what is refused ----
+
+def refuse_unfinite(s: Settings, k: int, comparisons: list[Comparison], draws: Draws) -> None:
+    """UserError if a reward is not finite; it names the latent, the embedding or the model."""
+    finite_rewards = draws.reward.isfinite().all((1, 2))                        # (P,)
+    if finite_rewards.all():
+        return
+    comparison = comparisons[finite_rewards.int().argmin()]
+    if s.reward != "implicit":
+        raise UserError(f"{comparison.images[0].parent}: {s.reward} gives a picture of prompt "
+                        f"{comparison.prompt!r} a reward that is not finite; choose another "
+                        f"--reward, in another --run")
+
+    latents = [latent_path(image) for image in comparison.images]
+    remedy = AGAIN
+    if comparison.key[0] == k:
+        remedy = f"delete it and run 02_generate.py --iter {k} again, which makes it anew"
+    refuse_unfinite_data(s, latents, [comparison.prompt], remedy)
+    raise UserError(f"{comparison.images[0].parent}: a reward of prompt {comparison.prompt!r} is "
+                    f"not finite, though latents and weights are; use --dtype float32, in another "
+                    f"--run")
+
+
+def refuse_no_pairs(s: Settings, k: int, pairs: pd.DataFrame) -> None:
+    if pairs.empty:
+        raise UserError(f"{s.run}/iter{k}/candidates.parquet: no prompt has two candidates that "
+                        f"{judge_name(s, k)} tells apart (it is as its anchor, or they are alike); "
+                        f"train it longer or with a higher --lr, in another --run")
 
 
 def main(argv: list[str]) -> None:
     s, stage = load(argv, __doc__, ITER)
     k = stage.iter
     folder = Path(s.run) / f"iter{k}"
-    if (folder / "pairs.parquet").exists():
+    if is_whole(folder / "pairs.parquet"):
         print(f"03 rank: {folder}/pairs.parquet is there, nothing to do")
         return
 
     # read
     if is_main():
-        keep_code(s.run, __file__)
+        begin(s.run, __file__)
     candidates = read_candidates(s, k)
     comparisons = candidate_comparisons(s, k, candidates)
     holdout = holdout_comparisons(s)
@@ -481,10 +599,11 @@ def main(argv: list[str]) -> None:
             draws, holdout_draws = rank_by_itself(s, k, comparisons, holdout, ledger)
         else:
             draws, holdout_draws = rank_from_outside(s, comparisons, holdout)
-        if not draws.reward.isfinite().all():
-            raise UserError(f"{folder}/candidates.parquet: a reward is not finite; model {k - 1} "
-                            f"has diverged, lower --lr and train it again")
+        refuse_unfinite(s, k, comparisons, draws)
+        if holdout:
+            refuse_unfinite(s, k, holdout, holdout_draws)
         pairs = choose_pairs(s, k, candidates, draws)
+        refuse_no_pairs(s, k, pairs)
         judge = describe_judge(s, k, pairs, comparisons, holdout_draws)
 
         # write
@@ -508,7 +627,13 @@ def write_results(
     if holdout_draws is not None:
         write_holdout_draws(folder, holdout, holdout_draws)
     write_json(judge, folder / "judge.json")
-    pair_sheet(Path(s.run), pairs.head(24), folder / "preview.png", ("winner", "loser"))
+
+    # On the preview, above each pair: what the two rewards were.
+    reward = dict(zip(candidates.image, draws.reward.mean(2).flatten().tolist()))
+    shown = pairs.head(24)
+    notes = [f"reward {reward[pair.win]:.2f} : {reward[pair.lose]:.2f}, margin {pair.margin:.2f}"
+             for pair in shown.itertuples()]
+    pair_sheet(s.run, shown, folder / "preview.png", ("winner", "loser"), notes)
     tracking.log_judge(s, k, judge, folder / "preview.png")
     write_table(pairs, folder / "pairs.parquet")
     print(summary_line(s, k, judge, folder))

@@ -27,10 +27,12 @@ error minus policy error: above zero, the policy is better than the reference), 
     python 04_train_dpo.py --run runs/tiny --iter 1
 """
 
-import json
+import lib.program  # noqa: F401, I001  first: Ctrl-C is answered from here on
+
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,12 +42,16 @@ import torch.nn.functional as F
 
 from lib import lora, models, tracking
 from lib.diffusion import denoising_error, join
+from lib.finite import refuse_unfinite_data
+from lib.judge import read_judge
 from lib.models import BASE
 from lib.rivals.mapo import mapo_loss
-from lib.run import (TRAIN_LOG_COLUMNS, Ledger, UserError, atomic, bar, generator, is_main,
-                     keep_code, my_share, open_image, process_state, read_pairs, run_stage, seed_of,
-                     wait, write_table)
-from lib.settings import ITER, Settings, has_reference, load
+from lib.run import (TRAIN_LOG_COLUMNS, Ledger, UserError, bar, begin, generator, is_main,
+                     is_whole_model, latent_path, my_share, open_image, place_folder,
+                     process_state, read_pairs, run_stage, seed_of, wait, write_table)
+from lib.settings import ITER, Settings, has_reference, load, micro_batch_of
+from lib.training import (gather_pairs, load_checkpoint, same_norms, save_checkpoint,
+                          sum_gradients)
 
 # A run whose policy has an error on winners of this many times the reference's has diverged, and
 # stops. Without a reference it is compared with 1, the error of a model that predicts zero.
@@ -214,6 +220,26 @@ def reference_error(
     return denoising_error(ref, schedule, x_0, t, noise, condition)
 
 
+def micro_batches(
+    s: Settings,
+    policy,
+    ref,
+    schedule,
+    pairs: pd.DataFrame,
+    randoms: dict,
+    encoder: models.PromptEncoder,
+) -> Iterator[tuple]:
+    """A batch of pairs part by part, to bound the memory: (errors (4, b), loss (b,), margin (b,)).
+
+    Processes take turns in the parts.
+    """
+    for rows in my_share(torch.arange(s.batch).split(s.micro_batch)):
+        part = {name: numbers[rows] for name, numbers in randoms.items()}
+        errors = pair_errors(s, policy, ref, schedule, pairs.iloc[rows.tolist()], part, encoder)
+        loss, margin = LOSSES[s.loss](*errors, s.beta)
+        yield errors, loss, margin
+
+
 def backward(
     s: Settings,
     policy,
@@ -226,20 +252,16 @@ def backward(
 ) -> torch.Tensor:
     """Add the gradient of the mean loss over a batch of pairs to the policy's parameters.
 
-    Returns (6, B): the four errors, loss and margin of every pair. Micro-batches bound the memory,
-    and processes take turns in them.
+    Returns (6, B): the four errors, loss and margin of every pair.
     """
     values = []
-    for rows in my_share(torch.arange(s.batch).split(s.micro_batch)):
-        part = {name: numbers[rows] for name, numbers in randoms.items()}
-        errors = pair_errors(s, policy, ref, schedule, pairs.iloc[rows.tolist()], part, encoder)
-        loss, margin = LOSSES[s.loss](*errors, s.beta)
-
+    parts = micro_batches(s, policy, ref, schedule, pairs, randoms, encoder)
+    for errors, loss, margin in parts:
         # The mean over the batch is taken here, after the log-sigmoid.
         (loss.sum() / s.batch).backward()
 
         values.append(torch.stack([*errors, loss, margin]).detach())
-        ledger.unet_forwards += len(rows) * forwards_per_pair(s)
+        ledger.unet_forwards += len(loss) * forwards_per_pair(s)
     return torch.cat(values, 1)
 
 
@@ -248,16 +270,6 @@ def forwards_per_pair(s: Settings) -> int:
     if has_reference(s):
         return 4
     return 2
-
-
-def sum_over_processes(values: torch.Tensor, parameters: list) -> torch.Tensor:
-    """Add up the gradients of all processes; return the values of all their pairs."""
-    if process_state().num_processes == 1:
-        return values
-    from accelerate.utils import gather
-    for parameter in parameters:
-        torch.distributed.all_reduce(parameter.grad)
-    return gather(values[None]).movedim(0, 1).flatten(1)
 
 
 # ---- models ----
@@ -272,15 +284,18 @@ def adapter_base(s: Settings, k: int) -> int:
 def load_policy_and_reference(s: Settings, k: int) -> tuple:
     """Both are model k-1. The policy is trained in float32; the reference is frozen, and None where
     the policy itself can play it (LoRA) or none is needed (MaPO)."""
+    # A compiled reference would round in other places than the policy does.
+    s = replace(s, compile="off")
     ref = None
     if s.lora_rank:
-        policy = models.load_unet(replace(s, compile="off"), adapter_base(s, k)).train()
+        policy = models.load_unet(s, adapter_base(s, k)).train()
         last = Path(s.run) / f"iter{k - 1}" / "lora"
         lora.add_adapters(policy, s.lora_rank, last, seed_of(s.seed, "lora", k))
     else:
         policy = models.load_unet(s, k - 1, trained=True)
         if has_reference(s):
             ref = models.load_unet(s, k - 1)
+            same_norms(ref, policy)
 
     if s.grad_checkpoint == "on":
         policy.enable_gradient_checkpointing()
@@ -307,32 +322,18 @@ def save_model(s: Settings, k: int, policy) -> None:
     folder = Path(s.run) / f"iter{k}"
     if s.lora_rank:
         lora.save_adapter(policy, folder / "lora")
-        base = models.load_unet(s, adapter_base(s, k), trained=True)
+
+        # The device has no room for a whole model beside the one that was trained.
+        on_cpu = replace(s, device="cpu")
+        base = models.load_unet(on_cpu, adapter_base(s, k), trained=True)
         policy = lora.fuse(base, folder / "lora")
 
     # The folder gets its name when it is whole; the checkpoint is then of no more use.
     shutil.rmtree(folder / "unet.tmp", ignore_errors=True)
+    policy = policy.to("cpu", memory_format=torch.contiguous_format)
     policy.save_pretrained(folder / "unet.tmp")
-    (folder / "unet.tmp").rename(folder / "unet")
+    place_folder(folder / "unet.tmp", folder / "unet")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def save_checkpoint(path: Path, trained: dict, optimizer, log: list[dict]) -> None:
-    state = {"unet": trained, "optimizer": optimizer.state_dict(), "step": len(log), "log": log}
-    with atomic(path) as temporary:
-        torch.save(state, temporary)
-
-
-def load_checkpoint(path: Path, trained: dict, optimizer, device) -> list[dict]:
-    """Put back what a stopped training had reached; return the log of its steps."""
-    if not path.exists():
-        return []
-    state = torch.load(path, map_location=device, weights_only=True)
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(state["unet"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["log"]
 
 
 # ---- training ----
@@ -370,7 +371,14 @@ def encode_missing(s: Settings, tables: dict[str, pd.DataFrame]) -> None:
         models.ensure_latents(images, s, open_picture, mirrored=True)
 
 
-def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger) -> tuple:
+def train(
+    s: Settings,
+    k: int,
+    pairs: pd.DataFrame,
+    n_human: int,
+    ledger: Ledger,
+    checkpoint: Path,
+) -> tuple:
     """The trained UNet, and the log with one row per step."""
     policy, ref = load_policy_and_reference(s, k)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -392,8 +400,7 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
     shape = latents.shape[1:]
 
     # A training that was stopped goes on from its last checkpoint.
-    checkpoint = Path(s.run) / f"iter{k}" / "checkpoint.pt"
-    log = load_checkpoint(checkpoint, trained, optimizer, models.device_of(s))
+    log = load_checkpoint(checkpoint, trained, optimizer)
     first = len(log)
     before = tracking.steps_before(s, k)
     tracker = tracking.start(s, "train", before + first)
@@ -409,7 +416,8 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
         batch = pairs.iloc[places.tolist()]
         randoms = step_randoms(s, k, step, shape)
         values = backward(s, policy, ref, schedule, batch, randoms, encoder, ledger)
-        values = sum_over_processes(values, parameters)
+        values = gather_pairs(values)
+        sum_gradients(parameters)
 
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
         optimizer.step()
@@ -421,12 +429,44 @@ def train(s: Settings, k: int, pairs: pd.DataFrame, n_human: int, ledger: Ledger
         row = log_row(values, step, lr, grad_norm, seconds)
         log.append(row)
         tracking.log(tracker, "train", row, before + step)
+        if not is_finite(row):
+            refuse_unfinite_data(s, latents_of(s, batch, randoms), ["", *batch.prompt])
         watch(row, k, s)
         progress.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}")
-        if (step + 1) % s.checkpoint_every == 0 and step + 1 < steps and is_main():
+        if is_checkpoint_due(s, step + 1, steps) and is_main():
             save_checkpoint(checkpoint, trained, optimizer, log)
     tracking.finish(tracker)
+
+    # No further step tells what the last one did, so its batch is looked at once more.
+    places = order[-s.batch:]
+    batch = pairs.iloc[places.tolist()]
+    randoms = step_randoms(s, k, steps - 1, shape)
+    with torch.no_grad():
+        parts = micro_batches(s, policy, ref, schedule, batch, randoms, encoder)
+        values = [torch.stack([*errors, loss, margin]) for errors, loss, margin in parts]
+    values = gather_pairs(torch.cat(values, 1))
+    watch_result(values, parameters, k, steps, s)
     return policy, pd.DataFrame(log)
+
+
+def is_checkpoint_due(s: Settings, done: int, steps: int) -> bool:
+    """Whether to keep a checkpoint after so many steps of all.
+
+    The last step needs one only where the model is still to be put together from an adapter, which
+    may fail for lack of memory or disk.
+    """
+    if done == steps:
+        return s.lora_rank > 0
+    return done % s.checkpoint_every == 0
+
+
+def latents_of(s: Settings, pairs: pd.DataFrame, randoms: dict) -> list[Path]:
+    """The files of the latents that a batch has seen, mirrored where the pair was."""
+    files = []
+    for pair, flip in zip(pairs.itertuples(), randoms["flip"].tolist()):
+        for image in (pair.win, pair.lose):
+            files.append(latent_path(Path(s.run) / image, flip))
+    return files
 
 
 def log_row(
@@ -459,10 +499,18 @@ def log_row(
     return {"step": step, **dict(zip(row, numbers)), "lr": lr, "seconds": seconds}
 
 
+def is_finite(row: dict) -> bool:
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+
+
 def watch(row: dict, k: int, s: Settings) -> None:
     """Stop a run that can only get worse; the last checkpoint stays."""
     where = f"iter{k}, step {row['step']}"
-    if not torch.tensor([row["loss"], row["grad_norm"]]).isfinite().all():
+    reference_fails = has_reference(s) and not math.isfinite(row["ref_error"])
+    if not is_finite(row) and (row["step"] == 0 or reference_fails):
+        raise UserError(f"{where}: the loss or its gradient is not finite ({row['loss']}) before "
+                        f"any training could matter; use --dtype float32, in another --run")
+    if not is_finite(row):
         raise UserError(f"{where}: the loss is not finite ({row['loss']}); lower --lr (now {s.lr}) "
                         f"or use --dtype float32, in another --run; nothing after the last "
                         f"checkpoint was kept")
@@ -477,13 +525,26 @@ def watch(row: dict, k: int, s: Settings) -> None:
                         f"the last checkpoint was kept")
 
 
+def watch_result(values: torch.Tensor, parameters: list, k: int, steps: int, s: Settings) -> None:
+    """Refuse a trained model that the last of its steps has ruined: it is not written.
+
+    `values` (6, B) are those of the last batch, after its step.
+    """
+    nothing = torch.zeros((), device=values.device)
+    watch(log_row(values, steps, 0., nothing, 0.), k, s)
+    for parameter in parameters:
+        if not parameter.isfinite().all():
+            raise UserError(f"iter{k}: the trained weights are not finite; lower --lr (now {s.lr}),"
+                            f" in another --run; nothing after the last checkpoint was kept")
+
+
 # ---- the stage: read, compute, write ----
 
 def summary_line(k: int, log: pd.DataFrame, judge_file: Path) -> str:
     """A round in one line: the self-judge that made its pairs, and the second half of its steps."""
     judge = ""
-    if judge_file.exists():
-        facts = json.loads(judge_file.read_text())
+    facts = read_judge(judge_file)
+    if facts:
         accuracy = "not measured"
         if facts["pairs"]:
             accuracy = f"{facts['accuracy']:.2f} [{facts['low']:.2f}, {facts['high']:.2f}]"
@@ -499,23 +560,16 @@ def summary_line(k: int, log: pd.DataFrame, judge_file: Path) -> str:
             f"margin {last.margin:+.2f}, implicit accuracy {last.accuracy:.2f}")
 
 
-def check_processes(s: Settings) -> None:
-    processes = process_state().num_processes
-    if s.batch // s.micro_batch % processes:
-        raise UserError(f"--batch {s.batch} in micro-batches of {s.micro_batch} does not divide "
-                        f"among {processes} processes; choose --micro-batch so that it does")
-
-
 def main(argv: list[str]) -> None:
     s, stage = load(argv, __doc__, ITER)
     k = stage.iter
     folder = Path(s.run) / f"iter{k}"
-    if (folder / "unet").exists():
+    if is_whole_model(folder / "unet"):
         print(f"04 train: {folder}/unet is there, nothing to do")
         return
-    check_processes(s)
+    s = replace(s, micro_batch=micro_batch_of(s, process_state().num_processes))
     if is_main():
-        keep_code(s.run, __file__)
+        begin(s.run, __file__)
 
     # SAIL* (--start): Iter0 is given.
     if s.start and k == 0:
@@ -527,7 +581,7 @@ def main(argv: list[str]) -> None:
 
     # compute and write
     with Ledger(s.run, "04_train_dpo", k, str(models.device_of(s))) as ledger:
-        policy, log = train(s, k, pairs, n_human, ledger)
+        policy, log = train(s, k, pairs, n_human, ledger, folder / "checkpoint.pt")
         if is_main():
             write_table(log[list(TRAIN_LOG_COLUMNS)], folder / "train_log.parquet")
             save_model(s, k, policy)

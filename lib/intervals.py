@@ -23,6 +23,15 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return middle - half, middle + half
 
 
+def pairs_to_tell(p: float, z: float = 1.96, z_power: float = .84) -> int:
+    """How many pairs tell a judge of accuracy p from a coin, at 95% and with a power of 80%.
+
+    p is not a half.
+    """
+    spread = z * .5 + z_power * math.sqrt(p * (1 - p))
+    return math.ceil((spread / (p - .5)) ** 2)
+
+
 @functools.lru_cache(maxsize=1)
 def resamples(n: int) -> np.ndarray:
     """How often each of n prompts stands in each resample, divided by n: (RESAMPLES, n).

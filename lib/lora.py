@@ -15,6 +15,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from lib.run import place_folder
+
 FILE = "pytorch_lora_weights.safetensors"
 
 # Every projection of self- and cross-attention.
@@ -87,9 +89,7 @@ def save_adapter(policy: UNet2DConditionModel, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     weights = get_peft_model_state_dict(policy, adapter_name="policy")
     StableDiffusionPipeline.save_lora_weights(temporary, weights)
-
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    place_folder(temporary, folder)
 
 
 def fuse(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:

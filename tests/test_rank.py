@@ -1,13 +1,22 @@
 """Stage 03: the implicit reward, the pairs made of it, and the self-judge, against plain loops."""
 
+import json
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, call, configure, judge_of, refused, settings_of, tiny_unet
+from conftest import ROOT, call, configure, judge_of, refused, settings_of, stage, tiny_unet
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from lib import crossfit
+from lib.intervals import pairs_to_tell, wilson
+from lib.judge import CROSSFIT, read_judge, verdict
+from lib.models import PromptEncoder
+from lib.plan.stages import load_stage
 from lib.run import generator, latent_path
 from lib.settings import Settings
 from lib.sheets import read_pictures
@@ -83,6 +92,28 @@ def test_errors_of_prompts_equal_a_plain_loop(rank, rng):
             output = unets[m](x_t[None].float(), t[p, d], embeds[p:p + 1]).sample[0]
         expected = (output.double() - eps).square().mean().item()
         assert errors[m, p, n, d].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 24])
+def test_a_forward_takes_no_more_than_the_batch_of_ranking(rank, rng, monkeypatch, at_once):
+    """Two prompts of three pictures and four draws: 24 noised latents."""
+    sizes = []
+    denoising_error = rank.denoising_error
+
+    def note(unet, schedule, x_0, *others):
+        sizes.append(len(x_0))
+        return denoising_error(unet, schedule, x_0, *others)
+
+    given = (DDPMScheduler(), torch.randn(2, 3, 4, 8, 8, generator=rng),
+             torch.randint(1000, (2, 4), generator=rng), torch.randn(2, 4, 4, 8, 8, generator=rng),
+             {"embeds": torch.randn(2, 5, 8, generator=rng)})
+    unets = [tiny_unet(0), tiny_unet(1)]
+    whole = rank.errors_of_prompts(unets, *given)
+    monkeypatch.setattr(rank, "denoising_error", note)
+    parts = rank.errors_of_prompts(unets, *given, at_once)
+    assert sum(sizes) == 2 * 24
+    assert max(sizes) == at_once
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_agreement_counts_a_tie_as_a_half(rank):
@@ -197,12 +228,151 @@ def test_with_one_draw_a_reward_has_no_standard_error(mini_copy):
     assert rewards.reward_se.isna().all()
 
 
-def test_a_reward_that_is_not_finite_is_refused(mini_copy):
-    image = mini_copy / table_of(mini_copy, 1, "candidates").image[5]
-    save_file({"mean": latent_of(image) * float("nan")}, latent_path(image))
+def test_the_batch_of_ranking_holds_below_one_prompt(mini, mini_copy, monkeypatch):
+    """A prompt has 4 candidates and 3 draws, a held-out pair 2 pictures and 3 draws."""
+    sizes = []
+    module = stage("03")
+    denoising_error = module.denoising_error
+
+    def note(unet, schedule, x_0, *others):
+        sizes.append(len(x_0))
+        return denoising_error(unet, schedule, x_0, *others)
+
+    module.denoising_error = note
     (mini_copy / "iter1/pairs.parquet").unlink()
-    refused(call("03", mini_copy, "--iter", "1"), "candidates.parquet", "not finite", "--lr")
+    module.main(["--run", str(mini_copy), "--iter", "1", "--rank-batch", "5"])
+    assert max(sizes) == 5
+    old, new = table_of(mini, 1, "rewards").reward, table_of(mini_copy, 1, "rewards").reward
+    np.testing.assert_allclose(old, new, rtol=1e-3, atol=2e-3)
+
+
+# ---- prompts without a pair ----
+
+def test_candidates_that_are_one_picture_give_no_pair(mini, mini_copy, capsys):
+    """Their errors differ by rounding, if at all."""
+    candidates = table_of(mini_copy, 1, "candidates")
+    first, *others = [mini_copy / image for image in candidates.image[:4]]
+    for image in others:
+        shutil.copy(latent_path(first), latent_path(image))
+    rank_again(mini_copy, 1)
+
+    pairs = table_of(mini_copy, 1, "pairs")
+    expected = table_of(mini, 1, "pairs")[1:].reset_index(drop=True)
+    pd.testing.assert_frame_equal(pairs.drop(columns="margin"), expected.drop(columns="margin"))
+    judge = judge_of(mini_copy, 1)
+    assert (judge["self_pairs"], judge["prompts_without_pair"]) == (2, 1)
+    assert "1 prompts gave none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("select", ["best-worst", "random"])
+def test_equal_rewards_give_no_pair(mini, rank, select):
+    s = Settings(run=str(mini), select=select)
+    reward = torch.ones(3, 4, 1)
+    reward[1, :, 0] = torch.arange(4)
+    draws = rank.outside_draws(reward)
+    pairs = rank.choose_pairs(s, 1, table_of(mini, 1, "candidates"), draws)
+    assert list(pairs.prompt_id) == [table_of(mini, 1, "pairs").prompt_id[1]]
+    assert pairs.margin[0] > 0
+
+
+def test_a_judge_that_is_its_anchor_gives_no_pairs_at_all(mini_copy):
+    shutil.rmtree(mini_copy / "iter0/unet")
+    shutil.copytree(ROOT / "lib/world/base/unet", mini_copy / "iter0/unet")
+    (mini_copy / "iter1/pairs.parquet").unlink()
+    refused(call("03", mini_copy, "--iter", "1"), "candidates.parquet", "model 0", "higher --lr")
     assert not (mini_copy / "iter1/pairs.parquet").exists()
+
+
+# ---- what is not as it should be: named, or made again ----
+
+def spoil(path) -> None:
+    """Let a file of tensors hold one number that is none."""
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[3] = float("nan")
+    save_file(tensors, path)
+
+
+def no_number(run):
+    """Each file that can make a reward not finite, and the words of its error."""
+    candidate = table_of(run, 1, "candidates").iloc[5]
+    held_out = pd.read_parquet(run / "seed/holdout.parquet").iloc[1]
+    return [
+        (latent_path(run / candidate.image), "latent"),
+        (latent_path(run / held_out.lose), "latent"),
+        (PromptEncoder(settings_of(run)).path(candidate.prompt), "embedding"),
+    ]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_makes_a_reward_not_finite_is_named_and_made_again(mini_copy, which):
+    path, word = no_number(mini_copy)[which]
+    spoil(path)
+    (mini_copy / "iter1/pairs.parquet").unlink()
+    message = call("03", mini_copy, "--iter", "1")
+    refused(message, str(path), word, "not finite", "delete")
+    assert "--lr" not in message
+    assert not (mini_copy / "iter1/pairs.parquet").exists()
+
+    # The remedy.
+    path.unlink()
+    if "02_generate" in message:
+        refused(call("03", mini_copy, "--iter", "1"), "candidates.parquet, row", "02_generate.py")
+        assert call("02", mini_copy, "--iter", "1") is None
+    assert call("03", mini_copy, "--iter", "1") is None
+    assert (mini_copy / "iter1/pairs.parquet").exists()
+
+
+def text_ids(table):
+    table["prompt_id"] = [f"p{number}" for number in table.prompt_id]
+
+
+def a_null_prompt(table):
+    table["prompt"] = [None, *table.prompt[1:]]
+
+
+def a_number_for_a_picture(table):
+    table["image"] = range(len(table))
+
+
+def a_candidate_without_number(table):
+    table["candidate"] = [1.5] * len(table)
+
+
+@pytest.mark.parametrize("change, words", [
+    (text_ids, ("row 1", "prompt_id 'p", "whole number")),
+    (a_null_prompt, ("row 1", "prompt")),
+    (a_number_for_a_picture, ("row 1", "image 0")),
+    (a_candidate_without_number, ("row 1", "candidate 1.5")),
+])
+def test_candidates_of_other_kinds_are_refused_and_made_again(mini, mini_copy, change, words):
+    path = mini_copy / "iter1/candidates.parquet"
+    table = pd.read_parquet(path)
+    change(table)
+    table.to_parquet(path, index=False)
+    (mini_copy / "iter1/pairs.parquet").unlink()
+    refused(call("03", mini_copy, "--iter", "1"), str(path), *words, "delete", "02_generate.py")
+
+    path.unlink()
+    assert call("02", mini_copy, "--iter", "1") is None
+    assert call("03", mini_copy, "--iter", "1") is None
+    pd.testing.assert_frame_equal(table_of(mini, 1, "pairs"), table_of(mini_copy, 1, "pairs"))
+
+
+def test_held_out_pairs_of_other_kinds_are_refused(mini_copy):
+    path = mini_copy / "seed/holdout.parquet"
+    table = pd.read_parquet(path)
+    (mini_copy / "iter1/pairs.parquet").unlink()
+    for column, value in (("pair_id", 7), ("prompt", None), ("win", 3.), ("lose", b"x")):
+        table.assign(**{column: [value] * len(table)}).to_parquet(path, index=False)
+        refused(call("03", mini_copy, "--iter", "1"), str(path), "row 1", column, "correct it")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PAR1" + bytes(40) + b"PAR1"])
+def test_a_damaged_latent_of_a_held_out_pair_is_made_again(mini_copy, content):
+    pair = pd.read_parquet(mini_copy / "seed/holdout.parquet").iloc[1]
+    latent_path(mini_copy / pair.win).write_bytes(content)
+    rank_again(mini_copy, 1)
+    assert judge_of(mini_copy, 1)["pairs"] == 6
 
 
 # ---- the self-judge on held-out human pairs ----
@@ -278,6 +448,45 @@ def test_held_out_pairs_that_have_changed_are_measured_anew(mini_copy):
     assert judge_of(mini_copy, 2)["pairs"] == 5
 
 
+def of_other_pairs(path):
+    table = pd.read_parquet(path)
+    table.assign(pair_id="other-" + table.pair_id).to_parquet(path, index=False)
+
+
+def shuffled(path):
+    pd.read_parquet(path).sample(frac=1, random_state=0).to_parquet(path, index=False)
+
+
+def of_other_draws(path):
+    table = pd.read_parquet(path)
+    table[table.draw < 2].to_parquet(path, index=False)
+
+
+def without_numbers(path):
+    table = pd.read_parquet(path)
+    table.assign(anchor_error=["x", *table.anchor_error[1:].astype(str)]).to_parquet(path)
+
+
+def with_nothing(path):
+    table = pd.read_parquet(path)
+    table.loc[3, "anchor_error"] = float("nan")
+    table.to_parquet(path, index=False)
+
+
+def without_columns(path):
+    pd.read_parquet(path)[["pair_id"]].to_parquet(path, index=False)
+
+
+@pytest.mark.parametrize("damage", [
+    of_other_pairs, shuffled, of_other_draws, without_numbers, with_nothing, without_columns,
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PAR1 garbage PAR1")])
+def test_known_errors_that_do_not_hold_are_measured_anew(mini, mini_copy, damage):
+    damage(mini_copy / "iter1/holdout_draws.parquet")
+    rank_again(mini_copy, 2)
+    pd.testing.assert_frame_equal(table_of(mini, 2, "holdout_draws"),
+                                  table_of(mini_copy, 2, "holdout_draws"), check_exact=True)
+
+
 def test_without_held_out_pairs_there_is_no_accuracy(mini_copy):
     configure(mini_copy, holdout_pairs=0)
     for name in ("seed/holdout.parquet", "iter1/holdout_draws.parquet"):
@@ -302,6 +511,133 @@ def test_the_judge_says_what_it_judged_with(mini):
              "select": "best-worst", "self_pairs": 3}
     assert facts.items() <= judge_of(mini, 1).items()
     assert judge_of(mini, 2)["model"] == 1
+
+
+# ---- what the accuracy allows to say ----
+
+@pytest.mark.parametrize("right, pairs, word, words", [
+    (0, 0, "unmeasured", ("no held-out pairs",)),
+    (120, 200, "agrees", ("agrees with people", "60%", "200")),
+    (61, 200, "against", ("against people", "stop at Iter0")),
+    (7, 12, "unclear", ("about 270 more pairs", "right on 58%", "or stop at Iter0")),
+    (6, 12, "unclear", ("about 190 more pairs", "right on 60%", "or stop at Iter0")),
+    (3, 3, "unclear", ("about 10 more pairs",)),
+    (210, 400, "unclear", ("would have shown", "stop at Iter0")),
+])
+def test_the_judge_gives_a_verdict(right, pairs, word, words):
+    judge = {"accuracy": None, "pairs": 0}
+    if pairs:
+        low, high = wilson(right, pairs)
+        judge = {"accuracy": right / pairs, "low": low, "high": high, "pairs": pairs}
+    told, sentence = verdict(judge)
+    assert told == word
+    refused(sentence, *words)
+
+
+@pytest.mark.parametrize("p", [.58, .6, .7, .3])
+def test_so_many_pairs_tell_a_judge_from_a_coin_4_times_in_5(p):
+    """The interval excludes a half on about 80% of so many pairs, by the binomial itself."""
+    n = pairs_to_tell(p)
+    chances = torch.distributions.Binomial(n, torch.tensor(p, dtype=torch.double))
+    power = 0.
+    for right in range(n + 1):
+        low, high = wilson(right, n)
+        if low > .5 or high < .5:
+            power += chances.log_prob(torch.tensor(right)).exp().item()
+    assert power == pytest.approx(.8, abs=.035)
+
+
+@pytest.fixture
+def few_pairs(mini_copy):
+    """A run of somebody's own pairs before round 1: 8 to train on and 6 held out."""
+    configure(mini_copy, pairs="own.csv", prompts="own.txt", eval_prompts="list.txt",
+              scores="none", iter0_steps=1)
+    (mini_copy / "iter1/pairs.parquet").unlink()
+    return mini_copy
+
+
+def judged_pairs(run) -> pd.DataFrame:
+    return pd.read_parquet(run / CROSSFIT)
+
+
+def test_few_held_out_pairs_are_helped_by_all_the_others(few_pairs, monkeypatch, capsys):
+    """Every human pair is judged once, by a model that has not seen its prompt; and a stopped call
+    goes on."""
+    training = load_stage("04")
+    train, trained_on = training.train, []
+
+    def note(s, k, pairs, *others):
+        if len(trained_on) == 2 and not (few_pairs / "stopped").exists():
+            (few_pairs / "stopped").touch()
+            raise KeyboardInterrupt
+        trained_on.append(pairs)
+        return train(s, k, pairs, *others)
+
+    monkeypatch.setattr(training, "train", note)
+    argv = ["--run", str(few_pairs)]
+    with pytest.raises(KeyboardInterrupt):
+        crossfit.main(argv)
+    crossfit.main(argv)
+    assert "6 held-out pairs tell little" in capsys.readouterr().out
+
+    human = pd.concat([pd.read_parquet(few_pairs / f"seed/{name}.parquet")
+                       for name in ("pairs", "holdout")])
+    draws = judged_pairs(few_pairs)
+    assert sorted(draws.pair_id.unique()) == sorted(human.pair_id)
+    assert len(draws) == 14 * 2 * 3
+    assert draws.error.ne(draws.anchor_error).any()
+    assert len(trained_on) == crossfit.FOLDS
+    for number, others in enumerate(trained_on, start=1):
+        table = pd.read_parquet(few_pairs / f"judge/fold{number}/holdout_draws.parquet")
+        fold = human[human.pair_id.isin(table.pair_id)]
+        assert len(fold) + len(others) == 14
+        assert not set(fold.prompt) & set(others.prompt)
+
+    # It is the accuracy of round 1's judge, and a third call has nothing to do.
+    crossfit.main(argv)
+    assert len(trained_on) == crossfit.FOLDS
+    assert call("03", few_pairs, "--iter", "1") is None
+    reward = draws.groupby(["pair_id", "side"]).reward.mean().unstack()
+    judge = judge_of(few_pairs, 1)
+    assert judge["pairs"] == 14
+    assert judge["accuracy"] == pytest.approx((reward.win > reward.lose).mean())
+    assert "14 human pairs, each unknown to its judge" in capsys.readouterr().out
+
+
+def test_models_like_iter0_have_as_many_passes():
+    s = Settings(seed_pairs=8, iter0_steps=38)
+    assert crossfit.as_long_as_iter0(s, 11).iter0_steps == 52           # 38 * 11 / 8
+    assert crossfit.as_long_as_iter0(replace(s, iter0_steps=0), 11).iter0_steps == 0
+
+
+@pytest.mark.parametrize("changes", [
+    {"holdout_pairs": 100}, {"holdout_pairs": 0}, {"alpha": 0.}, {"iters": 0},
+    {"pairs": "world"}, {"reward": "pickscore"}, {"start": "a/model"}])
+def test_where_it_would_not_help_no_further_models_are_trained(changes):
+    own = {"pairs": "own.csv", "holdout_pairs": 99}
+    assert crossfit.is_needed(Settings(**own))
+    assert not crossfit.is_needed(Settings(**(own | changes)))
+
+
+def test_a_round_tells_its_verdict(mini, mini_copy, capsys):
+    rank_again(mini_copy, 1)
+    judge = judge_of(mini, 1)
+    word, sentence = verdict(judge)
+    assert judge["verdict"] == word
+    assert sentence in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\xff\xfe", b"null", b"[]", b"{}", b"[" * 100_000, b'{"pairs": "many"}',
+    b'{"pairs": 6, "diversity": 1.0, "margin": 1.0, "accuracy": null}',
+    b'{"pairs": 0, "diversity": NaN, "margin": 1.0}'])
+def test_a_judge_that_stage_03_has_not_written_is_none(mini, tmp_path, content):
+    path = tmp_path / "judge.json"
+    assert read_judge(path) is None
+    path.write_bytes(content)
+    assert read_judge(path) is None
+    path.write_text(json.dumps(judge_of(mini, 1)))
+    assert read_judge(path) == judge_of(mini, 1)
 
 
 # ---- the anchor, and the rivals' doors ----

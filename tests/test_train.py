@@ -1,5 +1,6 @@
 """Stage 04 against plain computations: loss, mix, adapters, accumulation, resume, stops."""
 
+import io
 import math
 import shutil
 from dataclasses import replace
@@ -14,12 +15,13 @@ from conftest import (call, configure, make_pairs, make_pipeline, nudge, random_
                       same_tensors, settings_of, stage, tiny_unet, weights_of)
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lib import lora, models
+from lib import lora, models, training
 from lib.diffusion import denoising_error
+from lib.lock import tidy
 from lib.models import BASE
-from lib.run import UserError
+from lib.run import UserError, latent_path
 from lib.settings import Settings
 
 LATENT = (4, 8, 8)
@@ -585,11 +587,73 @@ def test_warm_up_is_linear_and_then_constant(train):
     assert rates == pytest.approx([2e-4, 4e-4, 1e-3, 1e-3])
 
 
-def test_processes_must_divide_the_micro_batches(train, monkeypatch):
-    monkeypatch.setattr(train, "process_state", lambda: SimpleNamespace(num_processes=4))
-    train.check_processes(Settings(batch=24, micro_batch=6))
-    with pytest.raises(UserError, match="--micro-batch"):
-        train.check_processes(Settings(batch=24, micro_batch=12))
+def test_every_process_has_as_many_micro_batches(new_run, monkeypatch):
+    module, s = stage("04"), new_run()
+    monkeypatch.setattr(module, "process_state", lambda: SimpleNamespace(num_processes=3))
+    with pytest.raises(UserError, match="--batch 4 does not divide among 3 processes"):
+        module.main(["--run", s.run, "--iter", "0"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_in_half_precision_a_model_is_compared_with_itself_at_first(mini, train, dtype, rank):
+    """The embedded world's model has trained normalisation weights, which half precision rounds."""
+    s = replace(settings_of(mini), dtype=dtype, lora_rank=rank, compile="on")
+    pairs, _ = train.training_pairs(s, 0)
+    randoms = train.step_randoms(s, 0, 0, (12, 8, 8))
+    encoder, schedule = models.PromptEncoder(s), models.load_schedule(s)
+    policy, ref = train.load_policy_and_reference(s, 0)
+    with torch.no_grad():
+        errors = train.pair_errors(s, policy, ref, schedule, pairs[:4], randoms, encoder)
+    loss, margin = train.dpo_loss(*errors, s.beta)
+    assert (margin == 0).all()
+    assert torch.allclose(loss, torch.tensor(math.log(2)))
+    assert errors.std() > 0
+
+
+# ---- gradients of several processes ----
+
+def as_two_processes(monkeypatch, others: list[torch.Tensor | None]) -> list[int]:
+    """Let this process be one of two; the other has the gradients `others`. Returns sizes of what
+    is summed."""
+    sizes, waiting = [], [grad.flatten() for grad in others if grad is not None]
+
+    def all_reduce(tensor, op=torch.distributed.ReduceOp.SUM):
+        if op == torch.distributed.ReduceOp.MAX:
+            has = torch.tensor([grad is not None for grad in others])
+            return tensor.copy_(torch.maximum(tensor, has.to(tensor.dtype)))
+        sizes.append(len(tensor))
+        theirs = torch.cat(waiting)
+        del waiting[:]
+        waiting.append(theirs[len(tensor):])
+        return tensor.add_(theirs[:len(tensor)])
+
+    monkeypatch.setattr(training, "process_state", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    return sizes
+
+
+def test_gradients_are_summed_in_few_pieces(monkeypatch, rng):
+    """Parameters of several shapes and memory formats, of which one has no gradient here and one
+    nowhere."""
+    shapes = [(3, 2), (4, 3, 5, 5), (7,), (2, 2), (5,)]
+    mine = [torch.randn(shape, generator=rng) for shape in shapes]
+    mine[1] = mine[1].to(memory_format=torch.channels_last)
+    theirs = [torch.randn(shape, generator=rng) for shape in shapes]
+    theirs[4] = None
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    for parameter, gradient in zip(parameters[:3], mine):
+        parameter.grad = gradient.clone(memory_format=torch.preserve_format)
+
+    # Pieces of at least 300 numbers: the first two parameters, and the rest.
+    monkeypatch.setattr(training, "BUCKET_BYTES", 4 * 300)
+    sizes = as_two_processes(monkeypatch, theirs)
+    training.sum_gradients(parameters)
+    assert sizes == [6 + 300, 7 + 4]
+    for i in range(3):
+        assert torch.equal(parameters[i].grad, mine[i] + theirs[i])
+    assert torch.equal(parameters[3].grad, theirs[3])
+    assert parameters[4].grad is None
 
 
 # ---- the log ----
@@ -642,6 +706,173 @@ def test_resumed_training_equals_the_uninterrupted_one(new_run, monkeypatch, ran
     assert steps.iloc[-1] == 1                                          # the step that was missing
 
 
+def zeroed(content: bytes) -> bytes:
+    """As after a power cut: the length is right, and a part is nothing."""
+    half = len(content) // 2
+    return content[:half // 2] + bytes(half) + content[half // 2 + half:]
+
+
+def pickled(value):
+    """A checkpoint that is whole, and no checkpoint of this training."""
+    def write(content: bytes) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return buffer.getvalue()
+    return write
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"",
+    lambda content: b"garbage",
+    lambda content: content[:len(content) // 2],
+    lambda content: bytes(len(content)),
+    zeroed,
+    pickled([1, 2]),
+    pickled({"unet": {"a": torch.ones(2)}, "optimizer": {}, "log": []}),
+    pickled({"unet": {}, "step": 1}),
+])
+def test_a_checkpoint_that_is_none_is_left_aside(seeded, train, tmp_path, capsys, damage):
+    s = settings_of(seeded[1])
+    policy, _ = train.load_policy_and_reference(s, 0)
+    trained = dict(policy.named_parameters())
+    optimizer = train.make_optimizer(s, list(trained.values()))
+    path = tmp_path / "checkpoint.pt"
+    training.save_checkpoint(path, trained, optimizer, [{"step": 0, "loss": .7}])
+    assert len(training.load_checkpoint(path, trained, optimizer)) == 1
+    assert capsys.readouterr().out == ""
+
+    path.write_bytes(damage(path.read_bytes()))
+    assert training.load_checkpoint(path, trained, optimizer) == []
+    line = capsys.readouterr().out
+    refused(line.strip(), str(path), "begins anew")
+    assert distance(policy, base_unet(s)) == 0
+
+
+def test_a_round_with_a_damaged_checkpoint_begins_anew(new_run, capsys):
+    s = new_run()
+    weights, _ = train_round(s)
+    again = new_run()
+    (Path(again.run) / "iter0").mkdir()
+    (Path(again.run) / "iter0/checkpoint.pt").write_bytes(b"garbage")
+    assert same_tensors(weights, train_round(again)[0])
+    assert "checkpoint.pt: not usable" in capsys.readouterr().out
+    assert not (Path(again.run) / "iter0/checkpoint.pt").exists()
+
+
+def test_what_a_kill_left_of_a_finished_round_is_removed(two_rounds, tmp_path):
+    """At the next start, also of the last round, whose training is not started again."""
+    run = shutil.copytree(two_rounds.run, tmp_path / "run")
+    left = [run / f"iter{k}/checkpoint.pt" for k in (0, 1)]
+    going_on = run / "iter2/checkpoint.pt"
+    going_on.parent.mkdir()
+    for path in (*left, going_on):
+        path.write_bytes(b"a whole checkpoint")
+    tidy(run)
+    assert not any(path.exists() for path in left)
+    assert going_on.exists()
+
+
+def test_an_adapter_is_saved_before_the_model_that_may_not_fit(new_run, monkeypatch):
+    """And the training of the round is not lost."""
+    def fail(*_):
+        raise MemoryError
+
+    whole, s = new_run(lora_rank=2), new_run(lora_rank=2)
+    weights, _ = train_round(whole)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(lora, "fuse", fail)
+        stage("04").main(["--run", s.run, "--iter", "0"])
+    assert same_tensors(adapter_of(s, 0), adapter_of(whole, 0))
+    assert not (Path(s.run) / "iter0/unet").exists()
+
+    assert same_tensors(train_round(s)[0], weights)
+    ledger = pd.read_parquet(Path(s.run) / "ledger.parquet")
+    assert ledger.optimizer_steps.iloc[-1] == 0
+    assert not (Path(s.run) / "iter0/checkpoint.pt").exists()
+
+
+def test_a_model_is_put_together_off_the_device(new_run, train, monkeypatch):
+    """The device holds what was trained, and has no room for a second model."""
+    s = new_run(lora_rank=2)
+    policy, _ = train.load_policy_and_reference(s, 0)
+    devices = []
+    load_unet = models.load_unet
+
+    def note(s, k, **options):
+        devices.append(s.device)
+        return load_unet(s, k, **options)
+
+    monkeypatch.setattr(models, "load_unet", note)
+    train.save_model(s, 0, policy)
+    assert s.device == "auto"
+    assert devices == ["cpu"]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "mapo"])
+def test_what_the_last_step_has_ruined_is_not_saved(new_run, loss):
+    """No step follows that would notice."""
+    s = new_run(loss=loss, lr=3., iter0_steps=1)
+    refused(call("04", Path(s.run), "--iter", "0"), "iter0, step 1", "lower --lr (now 3.0)")
+    assert not (Path(s.run) / "iter0/unet").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(train):
+    """Also where the errors of a batch do not show it."""
+    weights = torch.nn.Parameter(torch.ones(3))
+    values = torch.full((6, 2), .1)
+    train.watch_result(values, [weights], 1, 4, Settings())
+    with torch.no_grad():
+        weights[1] = float("inf")
+    with pytest.raises(UserError, match="iter1: the trained weights are not finite; lower --lr"):
+        train.watch_result(values, [weights], 1, 4, Settings())
+
+
+def spoil(path: Path) -> None:
+    """Let a file of tensors hold one number that is none."""
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[3] = float("inf")
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("of, changes, word", [
+    (lambda s, pair: latent_path(Path(s.run) / pair.win), {"flip": 0.}, "latent"),
+    (lambda s, pair: latent_path(Path(s.run) / pair.lose, True), {"flip": 1.}, "latent"),
+    (lambda s, pair: models.PromptEncoder(s).path(pair.prompt), {"loss": "mapo"}, "embedding"),
+    (lambda s, pair: models.PromptEncoder(s).path(""), {"prompt_dropout": .9}, "embedding"),
+])
+def test_what_makes_a_loss_not_finite_is_named_and_made_again(new_run, train, of, changes, word):
+    s = new_run(**changes)
+    pairs, _ = train.training_pairs(s, 0)
+    path = of(s, pairs.iloc[2])
+    spoil(path)
+    message = call("04", Path(s.run), "--iter", "0")
+    refused(message, str(path), word, "not finite", "delete it")
+    assert "--lr" not in message
+
+    path.unlink()
+    assert call("04", Path(s.run), "--iter", "0") is None
+
+
+def broken(table: pd.DataFrame, column: str, value) -> pd.DataFrame:
+    return table.assign(**{column: [*table[column][:1], *[value] * (len(table) - 1)]})
+
+
+@pytest.mark.parametrize("column, value", [
+    ("prompt", None), ("pair_id", None), ("win", None), ("lose", None)])
+def test_pairs_of_other_kinds_are_refused(new_run, column, value):
+    s = new_run()
+    path = Path(s.run) / "seed/pairs.parquet"
+    broken(pd.read_parquet(path), column, value).to_parquet(path, index=False)
+    refused(call("04", Path(s.run), "--iter", "0"), str(path), "row 2", column, "correct it")
+
+
+def test_a_round_needs_no_judge_to_tell_of_itself(mini_copy, capsys):
+    shutil.rmtree(mini_copy / "iter2/unet")
+    (mini_copy / "iter2/judge.json").write_text('{"pairs": "garbage"}')
+    assert call("04", mini_copy, "--iter", "2") is None
+    assert "Iter2: 4 steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("loss", ["dpo", "mapo"])
 def test_a_run_away_stops_with_advice(new_run, loss):
     s = new_run(loss=loss, lr=3., checkpoint_every=1, iter0_steps=9)
@@ -664,7 +895,10 @@ def test_a_healthy_run_goes_on(train):
 @pytest.mark.parametrize("loss, row, match", [
     ("dpo", HEALTHY | {"win_error": .31}, "iter1, step 7: .*over 3 times"),
     ("dpo", HEALTHY | {"loss": float("nan")}, "not finite"),
-    ("dpo", HEALTHY | {"grad_norm": float("inf")}, "not finite"),
+    ("dpo", HEALTHY | {"grad_norm": float("inf")}, "lower --lr"),
+    ("dpo", HEALTHY | {"loss": float("nan"), "ref_error": float("nan")}, "use --dtype float32"),
+    ("dpo", HEALTHY | {"loss": float("inf"), "step": 0}, "not finite.*use --dtype float32"),
+    ("mapo", WITHOUT_REFERENCE | {"loss": float("nan")}, "lower --lr"),
     ("mapo", WITHOUT_REFERENCE | {"win_error": 3.1}, "over 3 times"),
 ])
 def test_what_counts_as_a_run_away(train, loss, row, match):
