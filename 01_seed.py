@@ -6,14 +6,14 @@ reads   the evaluation's prompts (--eval-prompts: the embedded world's, benchmar
 writes  config.json
         seed/pairs.parquet, seed/holdout.parquet   pair_id, prompt, win, lose, source
         seed/images/, seed/latents/, seed/preview.png
-        seed/people.json                           embedded world: how far its people agree
+        seed/people.json                           how far people agree, where that is known
         benchmarks.parquet                         benchmark, style, prompt_id
         prompts.parquet                            prompt_id, prompt, split (iter1, ..., eval)
 
 SAIL's promise is that few human labels are enough (the paper: 50K of Pick-a-Pic's 0.8M pairs). The
 held-out pairs are labelled by people too. They are never trained on, and measure how well the model
 judges (stage 03). A benchmark is fixed, so its prompts are set aside first: no human pair and no
-round uses them. A round uses no prompt of a human pair.
+round uses them. A round uses no prompt of a human pair. A table that was lost is made again.
 
 In the embedded world this stage plays the people. The base model draws two pictures for a caption,
 and an annotator with hidden taste u picks one, with Bradley-Terry noise:
@@ -25,7 +25,10 @@ and an annotator with hidden taste u picks one, with Bradley-Terry noise:
                       --eval-prompts mine/eval.txt
 """
 
+import lib.program  # noqa: F401, I001  first: Ctrl-C is answered from here on
+
 from collections import Counter, deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
@@ -33,16 +36,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib import models
+from lib import kinds, models
 from lib.data import few, prompts
+from lib.data.folders import agreement_beside
 from lib.data.pairs import stream_pairs
 from lib.data.pictures import decode
-from lib.run import (Ledger, UserError, bar, generator, is_main, keep_code, open_image, run_stage,
-                     save_image, seed_of, wait, write_json, write_table)
+from lib.run import (Ledger, UserError, bar, begin, generator, inside, is_main, is_whole,
+                     open_image, run_stage, save_image, seed_of, shown, wait, write_json,
+                     write_table)
 from lib.sampler import paint
-from lib.settings import Settings, amend, load, round_prompts
+from lib.settings import Settings, amend, in_world, load, needs_prompts, round_prompts
 from lib.sheets import pair_sheet, read_pictures
+from lib.start import check_start
 from lib.world import captions, people
+
+# The tables of this stage. The last one marks it as done.
+TABLES = ("seed/pairs.parquet", "seed/holdout.parquet", "benchmarks.parquet", "prompts.parquet")
 
 WRITING = 64                    # pictures that may wait in memory to be decoded and written
 
@@ -74,8 +83,11 @@ def world_pairs(
     s: Settings,
     free: list[str],
     ledger: Ledger,
-) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    """Human pairs and held-out pairs on different captions, and how far the people agree."""
+) -> tuple[pd.DataFrame, pd.DataFrame, dict, list[str]]:
+    """Human pairs and held-out pairs on different captions, and how far the people agree.
+
+    The last that is returned is a note on each human pair, for the preview.
+    """
     # Captions are few: where there are more pairs than captions, they come again in turn.
     held_out = free[:min(s.holdout_pairs, len(free) // 2)]
     trained_on = free[len(held_out):]
@@ -117,7 +129,19 @@ def world_pairs(
         "agree_with_themselves": again,
         "agree_with_a_perfect_judge": perfect_judge,
     }
-    return pairs[:s.seed_pairs], pairs[s.seed_pairs:], agreement
+    notes = notes_on_labels(np.where(a_wins, u_a, u_b), np.where(a_wins, u_b, u_a))
+    return pairs[:s.seed_pairs], pairs[s.seed_pairs:], agreement, notes[:s.seed_pairs]
+
+
+def notes_on_labels(win: np.ndarray, lose: np.ndarray) -> list[str]:
+    """The annotators' own utility of the pictures of each pair (B,), for the preview."""
+    notes = []
+    for u_win, u_lose in zip(win, lose):
+        note = f"utility {u_win:.2f} : {u_lose:.2f}"
+        if u_win < u_lose:
+            note += ", against it"
+        notes.append(note)
+    return notes
 
 
 # ---- pairs from outside ----
@@ -140,6 +164,7 @@ def take_pairs(
     progress = bar(None, "human pairs", "pair", total=wanted)
     with ThreadPoolExecutor() as pool, progress:
         for pair in stream_pairs(s.pairs, s.seed, skipped, evaluation):
+            refuse_foreign(s, pair["prompt"])
             prompt = prompts.fold(pair["prompt"])
             row = row_of_pair(pair)
             if len(training) < s.seed_pairs:
@@ -151,6 +176,7 @@ def take_pairs(
                 skipped["held-out prompt in the seed"] += 1
                 continue
 
+            # Without loss: what a JPEG does to a picture, candidates never meet.
             for side in ("win", "lose"):
                 path = run / row[side]
                 writing.append(pool.submit(write_square, pair[side], path, s.resolution))
@@ -174,35 +200,53 @@ def take_pairs(
     return pd.DataFrame(training), pd.DataFrame(held_out, columns=list(training[0]))
 
 
+def refuse_foreign(s: Settings, prompt: str) -> None:
+    """UserError if the run is in the embedded world and the prompt of a pair is not."""
+    if in_world(s) and captions.parse(prompt) is None:
+        raise UserError(f"{s.pairs}: {shown(prompt)} is no caption of the embedded world, whose "
+                        f"prompts this run has; give --prompts and --eval-prompts of your own, too")
+
+
 def row_of_pair(pair: dict) -> dict:
     name = f"seed/images/{pair['pair_id']}"
     return {
         "pair_id": pair["pair_id"],
         "prompt": pair["prompt"],
-        "win": f"{name}_w.jpg",
-        "lose": f"{name}_l.jpg",
+        "win": f"{name}_w.png",
+        "lose": f"{name}_l.png",
         "source": "human",
     }
 
 
 def write_square(encoded: bytes | Path, path: Path, resolution: int) -> None:
-    if not path.exists():
+    if not is_whole(path):
         save_image(decode(encoded, resolution), path)
 
 
-def outside_pairs(s: Settings, evaluation: set[str]) -> tuple[dict[str, list[str]], str]:
+def outside_pairs(
+    s: Settings,
+    evaluation: set[str],
+    lacking: list[Path],
+) -> tuple[dict[str, list[str]], str]:
     """Write the tables and pictures of the human pairs; return the prompts of each round.
 
     With them comes a word on what was skipped. Prompts that cannot suffice are refused before the
     first picture is fetched.
     """
-    # A file of prompts is read and counted first.
+    # A file of prompts is read and counted first, unless no round draws candidates.
     skipped = Counter()
-    counts = prompt_counts(s)
+    counts = {}
+    if needs_prompts(s):
+        counts = prompt_counts(s)
     pool = None
-    if s.prompts != "pairs":
+    if not counts:
+        pool = []
+    elif s.prompts == "world":
+        pool = captions.world_captions()["rest"]
+    elif s.prompts != "pairs":
         pool = prompts.read_prompt_file(s.prompts)
-        prompts.split_prompts(pool, evaluation, counts, s.seed)
+    if pool:
+        prompts.split_prompts(pool, evaluation, counts, s.seed, f"--prompts {s.prompts}")
 
     human, holdout = take_pairs(s, evaluation, skipped)
 
@@ -210,10 +254,9 @@ def outside_pairs(s: Settings, evaluation: set[str]) -> tuple[dict[str, list[str
     taken = evaluation | set(human.prompt) | set(holdout.prompt)
     if pool is None:
         pool = prompts.pair_prompts(s.pairs, s.seed, taken, sum(counts.values()))
-    splits = prompts.split_prompts(pool, taken, counts, s.seed)
+    splits = prompts.split_prompts(pool, taken, counts, s.seed, f"--prompts {s.prompts}")
 
-    write_table(human, Path(s.run) / "seed" / "pairs.parquet")
-    write_table(holdout, Path(s.run) / "seed" / "holdout.parquet")
+    write_lacking(s, (human, holdout), lacking)
     reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
     return splits, f"skipped: {reasons or 'none'}"
 
@@ -227,7 +270,8 @@ def encode_pairs(s: Settings, ledger: Ledger) -> tuple[pd.DataFrame, pd.DataFram
         table = pd.read_parquet(path)
         tables.append(table)
         for row, pair in enumerate(table.itertuples(), start=1):
-            pictures += [(run / pair.win, path, row), (run / pair.lose, path, row)]
+            for image in (pair.win, pair.lose):
+                pictures.append((inside(run, image, path, row), path, row))
 
     images = [image for image, _, _ in pictures]
     models.ensure_latents(images, s, lambda i: open_image(*pictures[i]))
@@ -238,14 +282,43 @@ def encode_pairs(s: Settings, ledger: Ledger) -> tuple[pd.DataFrame, pd.DataFram
 
 # ---- the stage ----
 
-def is_done(s: Settings) -> bool:
+def lacking_tables(s: Settings) -> list[Path]:
+    """The tables that the stage has to write: of a finished stage those that were lost since.
+
+    UserError: the folder was made to compare models.
+    """
     run = Path(s.run)
-    if not (run / "prompts.parquet").exists():
-        return False
-    if not (run / "seed" / "pairs.parquet").exists():
+    paths = [run / name for name in TABLES]
+    lost = [path for path in paths if not is_whole(path)]
+
+    finished = is_whole(paths[-1]) or (run / "iter0").exists()
+    if not finished:
+        return paths
+    if not (run / "seed").exists() and not (run / "iter0").exists():
         raise UserError(f"{run}: was made to compare models and has no seed; give the run another "
                         f"folder with --run")
-    return True
+    return lost
+
+
+def write_lacking(s: Settings, tables: Iterable[pd.DataFrame], lacking: list[Path]) -> None:
+    """Write those of the tables (as TABLES names them) that are lacking.
+
+    UserError: another one, which stays, has rows that the source does not give any more.
+    """
+    for name, table in zip(TABLES, tables):
+        path = Path(s.run) / name
+        if path in lacking:
+            write_table(table, path)
+            continue
+
+        # Its user may have dropped rows, or replaced a picture.
+        columns = [column for column in table.columns if column not in ("win", "lose")]
+        saved = pd.read_parquet(path)[columns].astype(str)
+        rows = set(saved.itertuples(index=False, name=None))
+        if not rows <= set(table[columns].astype(str).itertuples(index=False, name=None)):
+            raise UserError(f"{path}: --pairs, --prompts or --eval-prompts give other rows than "
+                            f"these, so {lacking[0]} cannot be made again; restore their files "
+                            f"as they were, or start another --run")
 
 
 def shrink_to_data(s: Settings, evaluation: pd.DataFrame) -> Settings:
@@ -258,63 +331,73 @@ def shrink_to_data(s: Settings, evaluation: pd.DataFrame) -> Settings:
 
 
 def main(argv: list[str]) -> None:
-    s, _ = load(argv, __doc__, create=True)
+    s, _ = load(argv, __doc__, create=True, before_start=check_start)
     run = Path(s.run)
-    if is_done(s):
+    lacking = lacking_tables(s)
+    wait()
+    if not lacking:
         if is_main():
             print(f"01 seed: {run}/seed is there, nothing to do")
         return
 
+    kinds.check_model(s)
+
     # A bad benchmark is refused before anything is fetched or painted. The numbers that change with
     # few pairs matter to the main process alone: it chooses the pairs.
     if is_main():
-        keep_code(run, __file__)
+        begin(run, __file__)
         evaluation = prompts.evaluation_prompts(s.eval_prompts, s.eval_count, s.pairs)
-        s = shrink_to_data(s, evaluation)
+        if len(lacking) == len(TABLES):
+            s = shrink_to_data(s, evaluation)
+        else:
+            print(f"01 seed: {lacking[0]} is lost or damaged, and is made again")
 
     with Ledger(run, "01_seed", None, str(models.device_of(s))) as ledger:
         if s.pairs == "world":
             splits, free = split_world(s)
-            human, holdout, agreement = world_pairs(s, free, ledger)
+            human, holdout, agreement, notes = world_pairs(s, free, ledger)
             remark = (f"{agreement['labels_against_their_own_utility']:.0%} of the labels go "
                       f"against the annotators' own utility")
             if is_main():
                 write_json(agreement, run / "seed" / "people.json")
         else:
             if is_main():
-                splits, remark = outside_pairs(s, set(evaluation.prompt))
+                splits, remark = outside_pairs(s, set(evaluation.prompt), lacking)
+                agreement = agreement_beside(s.pairs)
+                if agreement:
+                    write_json(agreement, run / "seed" / "people.json")
             wait()
             human, holdout = encode_pairs(s, ledger)
+            notes = []
 
         if is_main():
-            write_results(s, human, holdout, splits, evaluation, remark)
+            write_results(s, human, holdout, notes, splits, evaluation, lacking, remark)
 
 
 def write_results(
     s: Settings,
     human: pd.DataFrame,
     holdout: pd.DataFrame,
+    notes: list[str],
     splits: dict[str, list[str]],
     evaluation: pd.DataFrame,
+    lacking: list[Path],
     remark: str,
 ) -> None:
     # The prompts of training, of the rounds and of the evaluation are encoded here, once.
-    run = Path(s.run)
     new_prompts = []
     for pool in splits.values():
         new_prompts += pool
     new_prompts += dict.fromkeys(evaluation.prompt)
     models.PromptEncoder(s).prepare([*human.prompt, *new_prompts])
 
-    # prompts.parquet comes last: it marks the stage as done.
-    write_table(human, run / "seed" / "pairs.parquet")
-    write_table(holdout, run / "seed" / "holdout.parquet")
-    pair_sheet(run, human.head(24), run / "seed" / "preview.png", ("preferred", "other"))
-    prompts.write_prompts(run, splits, evaluation)
+    preview = Path(s.run) / "seed" / "preview.png"
+    pair_sheet(s.run, human.head(24), preview, ("preferred", "other"), notes[:24])
+    benchmarks, table = prompts.prompt_tables(splits, evaluation)
+    write_lacking(s, (human, holdout, benchmarks, table), lacking)
 
     print(f"01 seed: {len(human)} human pairs, {len(holdout)} held out; {remark}; "
-          f"{len(new_prompts)} prompts for the rounds and the evaluation; "
-          f"see {run}/seed/preview.png")
+          f"{len(new_prompts)} prompts for the rounds and the evaluation; see {preview}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Sheets of pictures to look at, and pictures of a run as tensors.
 
 Stage 01 shows the human pairs on a sheet, stage 03 the pairs of a round, and stage 05 the same
-prompts drawn by every model. A sheet is a PNG with column titles and a line of text above each row.
+prompts drawn by every model. A sheet is a PNG with column titles; its rows have lines of text above
+the pictures that they tell of.
 """
 
+import bisect
 import math
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.run import atomic, open_image
+from lib.run import atomic, open_made
 
 FONT_SIZE = 12
 GAP = 4                                          # pixels between pictures
@@ -19,17 +21,14 @@ LINE = 18                                        # pixels that a line of text ta
 SIDE = 96                                        # of a picture on the sheet, unless said otherwise
 LARGE_SIDE = 192                                 # where the pictures have more to show
 MOST_SMALL = 128                                 # pictures up to this width have not
+MOST_CHARACTERS = 200                            # of a text: no sheet has room for more
 
 
 # ---- pictures as tensors ----
 
 def read_pictures(run: Path, images):
     """Read image files named relative to the run folder: (B, 3, H, W), float32 in 0..1."""
-    run = Path(run)
-    pictures = []
-    for row, image in enumerate(images, start=1):
-        pictures.append(open_image(run / image, run, row))
-    return as_tensor(pictures)
+    return as_tensor([open_made(Path(run) / image) for image in images])
 
 
 def as_tensor(pictures: list[Image.Image]):
@@ -42,43 +41,62 @@ def as_tensor(pictures: list[Image.Image]):
 
 # ---- sheets ----
 
-def sheet(rows: list[list[Image.Image]], columns: list[str], labels: list[str], path: Path,
-          side: int = SIDE) -> None:
+def sheet(
+    rows: list[list[Image.Image]],
+    columns: list[str],
+    labels: list[list[list[str]]],
+    path: Path,
+    side: int = SIDE,
+) -> None:
     """Write a grid of pictures to `path`, each drawn `side` pixels wide and high.
 
-    `columns` are the titles over the columns, `labels` the lines of text above the rows. Text that
-    does not fit is cut.
+    `columns` are the titles over the columns. `labels` has for each row its lines of text, as many
+    in all rows; a line's texts share the row's width equally. A text that does not fit is cut.
     """
     font = ImageFont.load_default(FONT_SIZE)
-    width = max(map(len, rows)) * (side + GAP) + GAP
-    height = LINE + len(rows) * (side + LINE + GAP)
+    step = side + GAP
+    top_of_pictures = LINE * len(labels[0])
+    width = max(map(len, rows)) * step + GAP
+    height = LINE + len(rows) * (top_of_pictures + step)
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
+    _write_line(draw, columns, 2, step, "black", font)
 
-    for j, title in enumerate(columns):
-        left = GAP + j * (side + GAP)
-        draw.text((left, 2), _fitting(title, side, draw, font), "black", font)
-
-    # Below the titles each row has its line of text, then its pictures.
+    # Below the titles each row has its lines of text, then its pictures.
     for i, row in enumerate(rows):
-        top = LINE + i * (side + LINE + GAP)
-        label = _fitting(labels[i], width - 2 * GAP, draw, font)
-        draw.text((GAP, top), label, "dimgray", font)
+        top = LINE + i * (top_of_pictures + step)
+        for n, texts in enumerate(labels[i]):
+            share = len(row) // len(texts) * step
+            _write_line(draw, texts, top + n * LINE, share, "dimgray", font)
 
         for j, picture in enumerate(row):
-            place = (GAP + j * (side + GAP), top + LINE - 2)
+            place = (GAP + j * step, top + top_of_pictures - 2)
             canvas.paste(_resized(picture, side), place)
 
     with atomic(path) as temporary:
         canvas.save(temporary, format="PNG", optimize=True)
 
 
+def _write_line(draw: ImageDraw.ImageDraw, texts: list[str], top: int, step: int, colour: str,
+                font) -> None:
+    """Write texts beside each other, one every `step` pixels."""
+    for i, text in enumerate(texts):
+        fitting = _fitting(text, step - 2 * GAP, draw, font)
+        draw.text((GAP + i * step, top), fitting, colour, font)
+
+
 def _fitting(text: str, room: int, draw: ImageDraw.ImageDraw, font) -> str:
     """One line of text, cut where there is no more room (in pixels)."""
-    text = " ".join(str(text).split())
-    while draw.textlength(text, font) > room and len(text) > 4:
-        text = text[:-4] + "..."
-    return text
+    text = " ".join(str(text)[:MOST_CHARACTERS].split())
+    if draw.textlength(text, font) <= room:
+        return text
+
+    # The longest beginning that fits: the first one beyond is found by halving.
+    def is_too_long(length: int) -> bool:
+        return draw.textlength(text[:length] + "...", font) > room
+
+    beyond = bisect.bisect_left(range(len(text)), True, lo=1, key=is_too_long)
+    return text[:beyond - 1] + "..."
 
 
 def _resized(picture: Image.Image, side: int) -> Image.Image:
@@ -90,27 +108,41 @@ def _resized(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, side), resampling)
 
 
-def pair_sheet(run: Path, pairs: pd.DataFrame, path: Path, titles: tuple[str, str],
-               across: int = 4) -> None:
+def pair_sheet(
+    run: Path,
+    pairs: pd.DataFrame,
+    path: Path,
+    titles: tuple[str, str],
+    notes: list[str] = (),
+    across: int = 4,
+) -> None:
     """Write a sheet of pairs (columns prompt, win, lose), `across` pairs a row.
 
-    The winner stands beside the loser; `titles` stand over them.
+    The winner stands beside the loser; `titles` stand over them. Above each pair are its prompt
+    and, where there are `notes`, what the note on it says.
     """
     rows = []
     labels = []
     for start in range(0, len(pairs), across):
-        row = []
-        prompts = []
         part = pairs[start:start + across]
-        for number, pair in enumerate(part.itertuples(), start + 1):
-            row.append(open_image(Path(run) / pair.win, path, number))
-            row.append(open_image(Path(run) / pair.lose, path, number))
-            prompts.append(pair.prompt.replace(" background", ""))
+        row = []
+        for pair in part.itertuples():
+            row += [open_made(Path(run) / pair.win), open_made(Path(run) / pair.lose)]
         rows.append(row)
-        labels.append("  |  ".join(prompts))
+
+        lines = [[prompt.replace(" background", "") for prompt in part.prompt]]
+        if len(notes):
+            lines.append(notes[start:start + across])
+        labels.append(lines)
 
     columns = list(titles) * min(across, len(pairs))
-    sheet(rows, columns, labels, path)
+    sheet(rows, columns, labels, path, _side_of(rows))
+
+
+def _side_of(rows: list[list[Image.Image]]) -> int:
+    """The side of the pictures on a sheet: large ones are shown larger, as there is more to see."""
+    widest = max(picture.width for row in rows for picture in row)
+    return SIDE if widest <= MOST_SMALL else LARGE_SIDE
 
 
 def sample_sheet(run: Path, scores: pd.DataFrame, path: Path, count: int = 8) -> None:
@@ -132,17 +164,13 @@ def sample_sheet(run: Path, scores: pd.DataFrame, path: Path, count: int = 8) ->
     at = first.set_index(["prompt_id", "model"])
     rows = []
     labels = []
-    for number, prompt_id in enumerate(_first_of_each_style(first, count), start=1):
+    for prompt_id in _first_of_each_style(first, count):
         row = []
         for model in models:
-            row.append(open_image(Path(run) / at.loc[(prompt_id, model), "image"], path, number))
+            row.append(open_made(Path(run) / at.loc[(prompt_id, model), "image"]))
         rows.append(row)
-        labels.append(at.loc[(prompt_id, models[0]), "prompt"])
-
-    # Large pictures are shown larger: there is more to see.
-    widest = max(picture.width for row in rows for picture in row)
-    side = SIDE if widest <= MOST_SMALL else LARGE_SIDE
-    sheet(rows, models, labels, path, side)
+        labels.append([[at.loc[(prompt_id, models[0]), "prompt"]]])
+    sheet(rows, models, labels, path, _side_of(rows))
 
 
 def _first_of_each_style(table: pd.DataFrame, count: int) -> list:

@@ -1,6 +1,9 @@
-"""Human pairs from outside: Pick-a-Pic shards, the hub, the user's tables, pictures of all kinds."""
+"""Human pairs from outside: Pick-a-Pic shards, the hub, the user's tables, pictures."""
 
+import errno
+import io
 import itertools
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -23,12 +26,15 @@ from conftest import (
     write_rows,
     write_shard,
 )
-from PIL import Image
+from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import EpsImagePlugin, Image
 
+from lib.data.folders import count_pairs, is_own
 from lib.data.pairs import stream_pairs
 from lib.data.pictures import decode, digest
-from lib.data.prompts import pair_prompts
-from lib.run import UserError
+from lib.data.prompts import pair_prompts, read_prompt_file
+from lib.eval.rows import image_jobs
+from lib.run import UserError, open_image, open_made
 
 SIDES = ("win", "lose")
 
@@ -253,6 +259,16 @@ def test_a_shard_that_breaks_off(tmp_path):
     fails_with("0.parquet: not a readable Parquet file.*fetch", stream_pairs, str(tmp_path), 0)
 
 
+def test_a_caption_that_is_no_utf_8(tmp_path):
+    table = pa.Table.from_pylist([shard_row(1), shard_row(2)])
+    captions = pa.array([b"prompt 1", b"\xff"]).view(pa.string())
+    table = table.set_column(table.column_names.index("caption"), "caption", captions)
+    pq.write_table(table, tmp_path / "0.parquet")
+    match = "0.parquet: not a readable Parquet file .UnicodeDecodeError"
+    fails_with(match, stream_pairs, str(tmp_path), 0)
+    fails_with(match, pair_prompts, str(tmp_path), 0, (), 9)
+
+
 # ---- the hub ----
 
 def test_hub_shards_come_one_by_one_in_the_order_of_a_local_copy(tmp_path, monkeypatch):
@@ -275,24 +291,35 @@ def test_hub_prompts_are_peeked_at_and_nothing_is_downloaded(four_shards, monkey
     assert prompts == pair_prompts(str(four_shards), 0, taken, 40)
 
 
+GONE = http_error("RepositoryNotFoundError", 404)
+NO_NETWORK = ConnectionError("[Errno -3] no name resolution")
+LOCAL = "or give --pairs a local folder of Parquet shards"
+
+
 @pytest.mark.parametrize("call", [
     lambda source: stream_pairs(source, 0),
     lambda source: pair_prompts(source, 0, set(), 5),
 ], ids=["pairs", "prompts"])
-@pytest.mark.parametrize("error, match", [
-    (http_error("RepositoryNotFoundError", 404), "404"),
-    (http_error("GatedRepoError", 403), "GatedRepoError"),
-    (ConnectionError("[Errno -3] no name resolution"), "ConnectionError: .*resolution"),
-    (http_error("HfHubHTTPError", 503), "HfHubHTTPError"),
+@pytest.mark.parametrize("source, error, match", [
+    ("yuvalkirstain/pickapic_v2", GONE, "404.* liuhuohuo2/pick-a-pic-v2 or .*April 2025"),
+    ("liuhuohuo2/pick-a-pic-v2", GONE, "404.*: pickapic-anonymous/pickapic_v1 .yuval"),
+    ("some/pairs", GONE, f"404.; correct the id, {LOCAL}$"),
+    ("some/pairs", http_error("GatedRepoError", 403), "GatedRepoError: .*look at its page"),
+    ("some/pairs", http_error("HfHubHTTPError", 503), "did not give it .HfHubHTTPError"),
+    ("liuhuohuo2/pick-a-pic-v2", NO_NETWORK, f"of reach .*no name.*mend the network, {LOCAL}$"),
+    ("some/pairs", OfflineModeIsEnabled("offline"), f"HF_HUB_OFFLINE is set.*unset it, {LOCAL}$"),
 ])
-def test_a_hub_that_fails_names_the_ways_round(tmp_path, monkeypatch, error, match, call):
+def test_a_hub_that_fails_tells_why_and_the_ways_round(
+    tmp_path, monkeypatch, source, error, match, call
+):
     fake_hub(monkeypatch, tmp_path, error)
-    message = fails_with(match, call, "yuvalkirstain/pickapic_v2")
-    assert message.startswith("yuvalkirstain/pickapic_v2:")
-    assert "April 2025" in message
-    assert "local folder" in message
-    assert "liuhuohuo2/pick-a-pic-v2" in message
-    assert "checked" in message
+    assert fails_with(match, call, source).startswith(f"{source}: ")
+
+
+def test_a_full_disk_is_not_told_as_the_hubs_fault(tmp_path, monkeypatch):
+    fake_hub(monkeypatch, tmp_path, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        list(stream_pairs("some/pairs", 0))
 
 
 def test_a_download_that_breaks_off(four_shards, monkeypatch):
@@ -386,6 +413,113 @@ def test_a_tables_rows_without_a_pair_are_counted(tmp_path):
     assert skipped == {"repeated pair": 1, "empty prompt": 1, "same image twice": 1}
 
 
+# ---- pairs as other programs write them ----
+
+def chosen(row: dict, number: int) -> dict:
+    return {"prompt": row["prompt"], "chosen": row["win"], "rejected": row["lose"]}
+
+
+def prefer(row: dict, number: int) -> dict:
+    """The winner is now the first picture, now the second."""
+    first = number % 2 == 0
+    images = (row["win"], row["lose"]) if first else (row["lose"], row["win"])
+    return {"image_0": images[0], "image_1": images[1], "prompt": row["prompt"],
+            "prefer_0": first, "prefer_1": not first}
+
+
+def as_structs(row: dict, folder: Path) -> dict:
+    """A row as the datasets library writes it: pictures within the table."""
+    return row | {name: {"bytes": (folder / row[name]).read_bytes(), "path": row[name]}
+                  for name in ("chosen", "rejected")}
+
+
+def two_folders(folder: Path, rows: list[dict], captions: str = "w") -> str:
+    for number, row in enumerate(rows):
+        for name, side in (("w", "win"), ("l", "lose")):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / row[side]).rename(folder / name / f"{number}.jpg")
+        (folder / captions / f"{number}.txt").write_text(f"{row['prompt']}\n")
+    return str(folder)
+
+
+# How a program writes a user's rows -> what --pairs is given.
+LAYOUTS = {
+    "chosen.csv": lambda folder, rows: write_rows(folder / "a.csv", rows_as(chosen, rows)),
+    "chosen.jsonl": lambda folder, rows: write_rows(folder / "a.jsonl", rows_as(chosen, rows)),
+    "chosen.parquet": lambda folder, rows: write_rows(
+        folder / "a.parquet", [as_structs(row, folder) for row in rows_as(chosen, rows)]),
+    "prefer.jsonl": lambda folder, rows: write_rows(folder / "b.jsonl", rows_as(prefer, rows)),
+    "prefer.csv": lambda folder, rows: write_rows(folder / "b.csv", rows_as(prefer, rows)),
+    "invoke-training's folder": lambda folder, rows: write_rows(
+        folder / "metadata.jsonl", rows_as(prefer, rows)).parent,
+    "a labelling folder": lambda folder, rows: write_rows(folder / "pairs.csv", rows).parent,
+    "two folders": two_folders,
+    "two folders, captions of the losers": lambda folder, rows: two_folders(folder, rows, "l"),
+}
+
+
+def rows_as(layout, rows: list[dict]) -> list[dict]:
+    return [layout(row, number) for number, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pairs_as_other_programs_write_them(tmp_path, name):
+    rows = user_rows(tmp_path, 6)
+    wanted = sorted((row["prompt"], *((tmp_path / row[side]).read_bytes() for side in SIDES))
+                    for row in rows)
+    source = str(LAYOUTS[name](tmp_path, rows))
+
+    def content(picture):
+        return picture if isinstance(picture, bytes) else picture.read_bytes()
+
+    pairs = [(pair["prompt"], content(pair["win"]), content(pair["lose"]))
+             for pair in stream_pairs(source, 0)]
+    assert sorted(pairs) == wanted
+    assert sorted(pair_prompts(source, 0, (), 99)) == sorted(row["prompt"] for row in rows)
+    assert (is_own(source), count_pairs(source)) == (True, 6)
+    assert ids_of(source, 0) == ids_of(source, 0) != ids_of(source, 1)
+
+
+def test_a_preference_for_neither_picture_is_no_pair(tmp_path):
+    rows = rows_as(prefer, user_rows(tmp_path, 4))
+    rows[1] |= {"prefer_0": False, "prefer_1": False}
+    rows[2] |= {"prefer_0": .5, "prefer_1": .5}
+    skipped = Counter()
+    pairs = list(stream_pairs(str(write_rows(tmp_path / "b.jsonl", rows)), 0, skipped))
+    assert len(pairs) == 2 and skipped == {"no label": 1, "tie": 1}
+
+
+def test_broken_pictures_on_the_hub_are_skipped_and_ones_own_are_named(tmp_path, monkeypatch):
+    rows = [as_structs(row, tmp_path) for row in rows_as(chosen, user_rows(tmp_path, 4))]
+    rows[2]["rejected"] = {"bytes": jpeg(1)[:-20], "path": None}
+    rows[3]["chosen"] = None
+    write_shard(tmp_path / "hub/data/train-0.parquet", rows)
+    fake_hub(monkeypatch, tmp_path / "hub")
+    skipped = Counter()
+    assert len(list(stream_pairs("someone/preferences", 0, skipped))) == 2
+    assert skipped == {"unreadable image": 2}
+    fails_with("row [34]: ", stream_pairs, str(tmp_path / "hub"), 0)
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda folder: (folder / "l/1.jpg").unlink(), "w/1.jpg: no picture of that name in .*/l; add"),
+    (lambda folder: (folder / "w/1.jpg").unlink(), "l/1.jpg: no picture of that name in .*/w; add"),
+    (lambda folder: (folder / "w/1.txt").unlink(), "w/1.jpg: no caption 1.txt beside it; write"),
+    (lambda folder: (folder / "w/1.png").write_bytes(b"x"), "w/1.png: 1.jpg beside it has the same"),
+    (lambda folder: (folder / "l/2.jpg").write_bytes(b"x"), "w/2.jpg: cannot read an image"),
+])
+def test_two_folders_that_do_not_fit_are_told(tmp_path, change, match):
+    two_folders(tmp_path, user_rows(tmp_path, 3))
+    change(tmp_path)
+    fails_with(match, stream_pairs, str(tmp_path), 0)
+
+
+def test_a_labelling_folder_without_labels_is_told_how_to_get_some(tmp_path):
+    (tmp_path / "shown.parquet").touch()
+    fails_with("has no labels yet; give some with ./run_sail.sh label --run", stream_pairs,
+               str(tmp_path), 0)
+
+
 # ---- the user's own tables that cannot be used ----
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -393,7 +527,9 @@ def test_a_tables_rows_without_a_pair_are_counted(tmp_path):
     ("/etc/hostname", ".* leaves the table's folder"),
     ("../outside.jpg", ".* leaves the table's folder"),
     ("images/../images/0.jpg", ".* leaves the table's folder"),
-    ("link.jpg", ".* leaves the table's folder"),
+    ("link.jpg", ".* leaves the table's folder through a link"),
+    ("a\0b", "no file "),
+    ("x" * 5000, "no file 'xxx"),
     ("images/none.jpg", "no file 'images/none.jpg'"),
     ("", "no image but ''"),
     ("images/cut.jpg", "cannot read an image .*truncated.*replace it"),
@@ -405,7 +541,109 @@ def test_a_bad_image_names_file_row_and_remedy(tmp_path, suffix, bad, match):
     (folder / "link.jpg").symlink_to(tmp_path / "outside.jpg")
     (folder / "images" / "cut.jpg").write_bytes(jpeg(1)[:-10])
     path = write_rows(folder / f"my{suffix}", rows[:2] + [rows[2] | {"lose": bad}])
-    fails_with(rf"my{suffix}, row 3: {match}", stream_pairs, str(path), 0)
+    message = fails_with(rf"my{suffix}, row 3: {match}", stream_pairs, str(path), 0)
+    assert len(message) < 500
+
+
+def test_pictures_behind_a_link_are_had_as_the_message_says(tmp_path):
+    rows = user_rows(tmp_path / "photos", 3)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/images").symlink_to(tmp_path / "photos/images")
+    path = write_rows(tmp_path / "mine/my.csv", rows)
+    place = tmp_path / "photos/images"
+    fails_with(rf"move the table to where the pictures are \({place}\)", stream_pairs, str(path), 0)
+
+    # Moved; and a folder that is named through a link is no link out of it.
+    for row in rows:
+        for side in SIDES:
+            row[side] = row[side].removeprefix("images/")
+    write_rows(place / "my.csv", rows)
+    assert len(ids_of(tmp_path / "mine/images/my.csv", 0)) == 3
+
+
+PICTURE = jpeg(1)
+HUGE = "x" * 100_000
+
+
+@pytest.mark.parametrize("suffix, changes, match", [
+    (".jsonl", {"prompt": 5}, "prompt is 5 and no text"),
+    (".jsonl", {"prompt": ["a", HUGE]}, "prompt is .'a', 'xxx"),
+    (".jsonl", {"prompt": {"a": 1}}, "prompt is {'a': 1} and no text"),
+    (".jsonl", {"prompt": "half \ud800"}, r"prompt 'half \\ud800' has half a character"),
+    (".jsonl", {"win": [HUGE]}, "no image but .'xxx"),
+    (".jsonl", {"win": None}, "no image but None"),
+    (".jsonl", {"win": "\ud800.png"}, r"no file '\\ud800.png'"),
+    (".parquet", {"prompt": 5}, "prompt is 5 and no text"),
+    (".parquet", {"prompt": b"a"}, "prompt is b'a' and no text"),
+    (".parquet", {"win": [PICTURE]}, "no image but .b'"),
+    (".parquet", {"win": b"%!PS " + HUGE.encode()}, "cannot read an image .no whole PNG, JPEG"),
+    (".parquet", {"win": PICTURE[:-20]}, "cannot read an image .OSError: image file is truncated"),
+    (".parquet", {"win": {"bytes": None, "path": HUGE}}, "no file 'xxx"),
+])
+def test_an_odd_cell_is_told_in_one_short_line(tmp_path, suffix, changes, match):
+    row = {"prompt": "a", "win": "images/0.jpg", "lose": "images/1.jpg"}
+    user_rows(tmp_path, 1)
+    path = tmp_path / f"my{suffix}"
+    if suffix == ".jsonl":
+        path.write_text(json.dumps(row | changes))
+    else:
+        write_shard(path, [row | changes])
+    message = fails_with(f"my{suffix}, row 1: {match}", stream_pairs, str(path), 0)
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"label_0": [1.], "label_1": [0.]}, r"label_0 is \[1.0\] and no number; write 1"),
+    ({"label_0": "yes", "label_1": "0"}, "label_0 is 'yes' and no number"),
+    ({"caption": 7}, "caption is 7 and no text"),
+    ({"caption": b"a cat"}, "caption is b'a cat' and no text"),
+    ({"caption": ["a cat"]}, "caption is .'a cat'. and no text"),
+    ({"jpg_0": "picture.jpg"}, "jpg_0 is 'picture.jpg' and no picture's bytes"),
+    ({"jpg_1": [PICTURE]}, "jpg_1 is .b'"),
+])
+def test_columns_of_another_kind_than_pick_a_pics(tmp_path, monkeypatch, changes, match):
+    # A text that happens to be the name of a picture here is not opened.
+    monkeypatch.chdir(tmp_path)
+    Path("picture.jpg").write_bytes(PICTURE)
+    write_shard(tmp_path / "0.parquet", [shard_row(i) | changes for i in range(2)])
+    message = fails_with(f"0.parquet, row [12]: {match}", stream_pairs, str(tmp_path), 0)
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("name", ["MY.CSV", "My.JsonL", "MY.PARQUET"])
+def test_a_name_in_capitals_is_of_the_same_format(tmp_path, name):
+    rows = user_rows(tmp_path, 3)
+    path = write_rows(tmp_path / name.lower(), rows).rename(tmp_path / name)
+    assert len(ids_of(path, 0)) == 3
+    assert set(pair_prompts(str(path), 0, (), 9)) == {row["prompt"] for row in rows}
+    if name.endswith("PARQUET"):
+        assert len(ids_of(tmp_path, 0)) == 3
+
+
+@pytest.mark.parametrize("hidden", ["._0.parquet", ".cache/1.parquet", "data/._1.parquet"])
+def test_hidden_files_of_a_folder_are_no_shards(tmp_path, monkeypatch, hidden):
+    write_shard(tmp_path / "0.parquet", [shard_row(1)])
+    (tmp_path / hidden).parent.mkdir(exist_ok=True)
+    (tmp_path / hidden).write_bytes(b"\0\5\x16\7 Mac OS X")
+    fake_hub(monkeypatch, tmp_path)
+    assert len(ids_of(tmp_path, 0)) == len(ids_of("some/pairs", 0)) == 1
+
+
+def test_a_folder_that_is_named_like_a_shard_holds_shards(tmp_path):
+    write_shard(tmp_path / "all.parquet/part-0.parquet", [shard_row(1)])
+    assert len(ids_of(tmp_path, 0)) == len(ids_of(tmp_path / "all.parquet", 0)) == 1
+
+
+@pytest.mark.parametrize("address", [
+    "https://x.org/a.csv", "s3://bucket/a.parquet", "s3:/bucket/a.parquet", "file://{}/a.parquet",
+    "file:{}/a.parquet",
+])
+def test_an_address_is_no_file_and_nothing_is_opened(tmp_path, opened_shards, address):
+    write_shard(tmp_path / "a.parquet", [shard_row(1)])
+    address = address.format(tmp_path)
+    fails_with("no such file or folder", stream_pairs, address, 0)
+    fails_with("not (a )?readable .*No such file", read_prompt_file, address)
+    assert opened_shards == []
 
 
 def test_absolute_paths_are_refused_even_within_the_folder(tmp_path):
@@ -427,10 +665,10 @@ def test_bad_paths_of_a_text_table_are_found_before_the_first_pair(tmp_path):
     ("a.csv", "prompt,win,lose\na cat, sitting,1.jpg,2.jpg\n", "row 1: .*double quotes"),
     ("a.csv", "prompt,win,lose\n", "no usable pair .it has no rows"),
     ("a.csv", "", "no usable pair"),
-    ("a.csv", b"prompt,win,lose\n\xff\xfe,a,b\n", "not readable as UTF-8"),
+    ("a.csv", b"prompt,win,lose\n\xff\xfe,a,b\n", "a.csv, line 2: not readable as UTF-8; save"),
     ("a.jsonl", "", "no usable pair"),
     ("a.jsonl", '{"prompt": "a"}\n', "row 1: no column 'win'"),
-    ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "a.jsonl: not readable as UTF-8 jsonl .*line 2"),
+    ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "a.jsonl: not readable as jsonl .row 2"),
     ("a.jsonl", "5\n", "row 1: does not fit"),
     ("a.txt", "a\n", "no column 'win'"),
     ("a.parquet", "", "not a readable"),
@@ -443,7 +681,7 @@ def test_tables_that_cannot_be_read(tmp_path, name, text, match):
 
 def test_a_parquet_table_that_misses_a_column(tmp_path):
     path = write_shard(tmp_path / "a.parquet", [{"prompt": "a", "chosen": b"x"}])
-    fails_with("a.parquet: no column 'win'; it has prompt, chosen", stream_pairs, str(path), 0)
+    fails_with("a.parquet: no column 'rejected'; it has prompt, chosen", stream_pairs, str(path), 0)
 
 
 def test_a_parquet_table_without_rows(tmp_path):
@@ -458,6 +696,69 @@ def test_a_parquet_table_without_rows(tmp_path):
 
 
 # ---- pictures ----
+
+def table_of_one(folder: Path, content: bytes) -> None:
+    (folder / "x.png").write_bytes(content)
+    (folder / "my.csv").write_text("prompt,win,lose\na,x.png,x.png\n")
+    list(stream_pairs(str(folder / "my.csv"), 0))
+
+
+def parquet_of_one(folder: Path, content: bytes) -> None:
+    path = write_shard(folder / "my.parquet", [{"prompt": "a", "win": content, "lose": PICTURE}])
+    list(stream_pairs(str(path), 0))
+
+
+def shard_of_one(folder: Path, content: bytes) -> None:
+    write_shard(folder / "0.parquet", [shard_row(1, jpg_0=content)])
+    list(stream_pairs(str(folder), 0))
+
+
+def images_row(folder: Path, content: bytes) -> None:
+    (folder / "x.png").write_bytes(content)
+    (folder / "x.txt").write_text("a cat")
+    image_jobs(folder / "run", "mine", str(folder), None)
+
+
+def picture_of_a_run(folder: Path, content: bytes) -> None:
+    (folder / "x.png").write_bytes(content)
+    open_made(folder / "x.png")
+
+
+def table_of_a_run(folder: Path, content: bytes) -> None:
+    (folder / "x.png").write_bytes(content)
+    open_image(folder / "x.png", folder / "pairs.parquet", 1)
+
+
+@pytest.mark.parametrize("door", [
+    table_of_one, parquet_of_one, shard_of_one, images_row, picture_of_a_run, table_of_a_run,
+])
+def test_no_picture_starts_a_program(tmp_path, monkeypatch, door):
+    """A PostScript file named .png: Pillow, left to itself, has Ghostscript run it."""
+    ghostscript = tmp_path / "bin/gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(ghostscript.parent), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+
+    postscript = encoded(picture(0), "EPS")
+    with pytest.raises(UserError):
+        door(tmp_path, postscript)
+    assert not (tmp_path / "started").exists()
+
+    # Left to itself it does.
+    with pytest.raises(Exception):
+        Image.open(io.BytesIO(postscript)).load()
+    assert (tmp_path / "started").exists()
+
+
+def test_a_picture_that_unpacks_to_too_many_pixels_is_refused():
+    bomb = encoded(Image.new("1", (9_500, 9_500)), "PNG")
+    assert len(bomb) < 20_000
+    for call in (digest, lambda content: decode(content, 16)):
+        with pytest.raises(OSError, match="more than 89,478,485 pixels; make it smaller"):
+            call(bomb)
+
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 70), (70, 101), (40, 33), (333, 20)])
 @pytest.mark.parametrize("resolution", [32, 64])

@@ -3,36 +3,49 @@
 import contextlib
 import io
 import json
+import re
+import shutil
+import subprocess
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import (
     SHARED_DATA,
+    call,
+    configure,
     fails_with,
     fake_hub,
     http_error,
     make_shards,
+    refused,
+    settings_of,
     shard_row,
     stage,
     write_rows,
     write_shard,
 )
 
+from PIL import Image
+
 from lib import models
 from lib.data import pairs
+from lib.data.pictures import decode
 from lib.data.prompts import (
     HPSV2_STYLES,
     evaluation_prompts,
     fold,
+    read_benchmarks,
     read_prompt_file,
     split_prompts,
     write_eval,
 )
-from lib.run import read_prompts
+from lib.run import latent_path, read_prompts
 from lib.world import captions
 
 
@@ -103,8 +116,17 @@ def test_read_prompts_in_each_format(tmp_path, write):
     ("a.txt", "\n \n", "a.txt: holds no prompt"),
     ("a.json", "[]", "holds no prompt"),
     ("a.json", "{}", "no list"),
-    ("a.json", "[", "not readable as UTF-8 json"),
+    ("a.json", "[", "not readable as json"),
     ("a.json", "[[1]]", "row 1: does not fit"),
+    ("a.json", "[" * 100_000, "not readable as json .maximum recursion depth"),
+    ("a.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, "not readable as jsonl .row 2: maximum"),
+    ("a.json", '["a", "\\ud800"]', r"row 2: prompt '\\ud800' has half a character; correct it"),
+    ("a.json", '["a", 5]', "row 2: does not fit"),
+    ("a.json", '[{"caption": 5}]', "row 1: caption is 5 and no text"),
+    ("a.json", '{"x": ["a", ["b"]]}', "row 2: prompt is .'b'. and no text"),
+    ("a.jsonl", '{"prompt": {"text": "a"}}', "row 1: prompt is {'text': 'a'} and no text"),
+    ("a.jsonl", '{"style": ["x"], "prompt": "a"}', "row 1: style is .'x'. and no text"),
+    ("a.jsonl", '{"prompt": null}', "a.jsonl: holds no prompt"),
     ("a.csv", "x\n1\n", "a.csv, row 1: no column 'prompt'; it has x"),
     ("a.parquet", "x", "not a readable Parquet file"),
 ])
@@ -113,9 +135,39 @@ def test_prompt_files_that_cannot_be_read(tmp_path, name, text, match):
     fails_with(match, read_prompt_file, tmp_path / name)
 
 
-def test_a_missing_prompt_file_is_named(tmp_path):
-    fails_with("none.txt: not readable .*No such file", read_prompt_file, tmp_path / "none.txt")
-    fails_with("none.parquet: not a readable", read_prompt_file, tmp_path / "none.parquet")
+@pytest.mark.parametrize("name", ["none.txt", "none.parquet", "n" * 5000, "a\0b", "."])
+def test_a_missing_prompt_file_is_named(tmp_path, name):
+    match = "not (a )?readable .*(No such file|too long)"
+    fails_with(match, read_prompt_file, tmp_path / name)
+
+
+def test_a_file_in_another_encoding_is_told_with_its_line_and_read_when_converted(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a cat\n\nein Hündchen\n", encoding="latin-1")
+    match = "a.txt, line 3: not readable as UTF-8; save it .*(iconv -f .* -t UTF-8)"
+    told = fails_with(match, read_prompt_file, path)
+    command = re.search(r"iconv -f \S+ -t \S+", told)[0].split()
+    path.write_bytes(subprocess.run([*command, path], capture_output=True, check=True).stdout)
+    assert read_prompt_file(path) == ["a cat", "ein Hündchen"]
+
+
+def test_parquet_prompts_of_another_kind_are_told_by_their_row(tmp_path):
+    path = write_shard(tmp_path / "a.parquet", [{"prompt": ["a"]}, {"prompt": None}])
+    fails_with("a.parquet, row 1: prompt is .'a'. and no text", read_prompt_file, path)
+
+
+def test_numbered_styles_and_empty_cells(tmp_path):
+    rows = [{"prompt": "a", "category": 3}, {"prompt": None, "category": None},
+            {"prompt": "b", "category": None}]
+    for path in (write_shard(tmp_path / "mine.parquet", rows),
+                 write_rows(tmp_path / "MINE.JSONL".lower(), rows).rename(tmp_path / "mine.JSONL")):
+        assert rows_of(path) == [("mine", "3", "a"), ("mine", "", "b")]
+
+
+def test_hidden_files_of_a_benchmarks_folder_are_left_alone(tmp_path):
+    (tmp_path / "oil.JSON").write_text('["a"]')
+    (tmp_path / "._oil.json").write_bytes(b"\0\5\x16\7")
+    assert rows_of(f"mine={tmp_path}") == [("mine", "oil", "a")]
 
 
 def test_a_parquet_file_without_prompts(tmp_path):
@@ -142,32 +194,32 @@ TAKEN = {"PROMPT  7", "prompt 8\n"}
 
 
 def test_splits_have_their_counts_and_nothing_in_common():
-    splits = split_prompts(POOL, TAKEN, COUNTS, 0)
+    splits = split_prompts(POOL, TAKEN, COUNTS, 0, "x")
     together = [prompt for split in splits.values() for prompt in split]
     assert {name: len(split) for name, split in splits.items()} == COUNTS
     assert len(set(together)) == 90
 
 
 def test_splits_have_no_prompt_that_is_taken():
-    splits = split_prompts(POOL, TAKEN, COUNTS, 0)
+    splits = split_prompts(POOL, TAKEN, COUNTS, 0, "x")
     for split in splits.values():
         assert not {"prompt 7", "prompt 8"} & set(split)
 
 
 def test_splits_depend_on_the_seed_and_not_on_the_pools_order():
-    splits = split_prompts(POOL, TAKEN, COUNTS, 0)
-    assert split_prompts(POOL[::-1], TAKEN, COUNTS, 0) == splits
-    assert split_prompts(POOL, TAKEN, COUNTS, 1) != splits
+    splits = split_prompts(POOL, TAKEN, COUNTS, 0, "x")
+    assert split_prompts(POOL[::-1], TAKEN, COUNTS, 0, "x") == splits
+    assert split_prompts(POOL, TAKEN, COUNTS, 1, "x") != splits
 
 
 def test_a_further_split_leaves_the_others_as_they_are():
-    splits = split_prompts(POOL, TAKEN, COUNTS, 0)
-    fewer = split_prompts(POOL, TAKEN, {"eval": 10, "iter1": 30}, 0)
+    splits = split_prompts(POOL, TAKEN, COUNTS, 0, "x")
+    fewer = split_prompts(POOL, TAKEN, {"eval": 10, "iter1": 30}, 0, "x")
     assert fewer["iter1"] == splits["iter1"]
 
 
 def test_a_split_is_drawn_and_not_cut_off_the_front():
-    first = split_prompts(POOL, TAKEN, COUNTS, 0)["eval"]
+    first = split_prompts(POOL, TAKEN, COUNTS, 0, "x")["eval"]
     assert first != sorted(first)
 
 
@@ -177,18 +229,18 @@ ALIKE = [COMPOSED, APART, "CAFÉ  AU\tLAIT", "Straße", "STRASSE", "", "tea"]
 
 
 def test_of_prompts_that_only_look_different_the_first_is_kept():
-    splits = split_prompts(ALIKE, set(), {"a": 3}, 0)
+    splits = split_prompts(ALIKE, set(), {"a": 3}, 0, "x")
     assert sorted(splits["a"]) == [COMPOSED, "Straße", "tea"]
 
 
 def test_a_prompt_that_only_looks_different_is_taken():
-    assert split_prompts(ALIKE, {APART, "strasse"}, {"a": 1}, 0) == {"a": ["tea"]}
+    assert split_prompts(ALIKE, {APART, "strasse"}, {"a": 1}, 0, "x") == {"a": ["tea"]}
 
 
 def test_a_pool_too_small_says_what_is_there_and_what_is_needed():
-    match = r"6 prompts are needed \(iter1 2, iter2 4\), but of 5 only 3 are left"
+    match = r"^my.txt: 6 prompts are needed \(iter1 2, iter2 4\), but of 5 only 3 are left"
     pool = ["a", "b", "c", "A", "d"]
-    fails_with(match, split_prompts, pool, {"D"}, {"iter1": 2, "iter2": 4}, 0)
+    fails_with(match, split_prompts, pool, {"D"}, {"iter1": 2, "iter2": 4}, 0, "my.txt")
 
 
 # ---- HPSv2 ----
@@ -498,8 +550,8 @@ def test_a_hub_out_of_reach_names_the_local_copy(monkeypatch, name):
         raise ConnectionError("no name\nresolution")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    why = "cannot fetch its list .ConnectionError: no name resolution."
-    fails_with(f"benchmark {name}: {why}; .*{name}=PATH", rows_of, name)
+    why = "cannot fetch its list: the hub is out of reach .ConnectionError: no name resolution."
+    fails_with(f"benchmark {name}: {why}; mend .*{name}=PATH", rows_of, name)
 
 
 # ---- stage 01 ----
@@ -616,6 +668,12 @@ def test_an_interrupted_stage_goes_on_where_it_was(tmp_path, source, monkeypatch
         for file in (run / "seed" / kind).iterdir():
             written[file] = file.stat().st_mtime_ns
     assert len(written) == 34 + 20
+
+    # But for a picture of which a power cut left the name alone.
+    without_latent = [file for file in written if file.parent.name == "images"
+                      and not latent_path(file).exists()]
+    without_latent[0].write_bytes(b"")
+    del written[without_latent[0]]
     monkeypatch.setattr(models, "save_latent", real)
     run_stage_01(run, *given)
     for file, time in written.items():
@@ -624,7 +682,7 @@ def test_an_interrupted_stage_goes_on_where_it_was(tmp_path, source, monkeypatch
     # And the whole is what an uninterrupted stage makes, byte for byte.
     compared = 0
     for file in run.rglob("*.*"):
-        if file.name not in ("config.json", "ledger.parquet"):
+        if file.name not in ("config.json", "ledger.parquet", ".lock"):
             compared += 1
             name = file.relative_to(run)
             assert file.read_bytes() == (whole / name).read_bytes(), name
@@ -650,6 +708,138 @@ def test_what_cannot_work_is_refused_before_anything_is_fetched_or_painted(
     given = [places.get(part, part) for part in more]
     fails_with(match, run_stage_01, tmp_path / "run", *given)
     assert not (tmp_path / "run/seed").exists()
+
+
+# ---- human pictures ----
+
+def test_latents_are_of_the_resized_pictures_as_they_are(seeded, source):
+    """No loss in between, as there is none between a candidate and its latent."""
+    given = {}
+    for pair in pairs.stream_pairs(str(source), 0):
+        for side in ("win", "lose"):
+            given[f"{pair['pair_id']}_{side[0]}"] = pair[side]
+
+    s = settings_of(seeded.run)
+    vae = models.load_vae(s)
+    files = sorted((seeded.run / "seed/images").iterdir())
+    pictures = [decode(given[file.stem], s.resolution) for file in files]
+    for start in range(0, len(files), 10):
+        part = slice(start, start + 10)
+        expected = models.encode(vae, models.as_batch(pictures[part]))["mean"]
+        mean, _ = models.stack_latents(files[part])
+        assert torch.allclose(mean, expected, atol=1e-4)
+    assert np.array_equal(np.asarray(Image.open(files[0])), np.asarray(pictures[0]))
+
+
+# ---- what was lost since is made again ----
+
+TABLES = ("seed/pairs.parquet", "seed/holdout.parquet", "benchmarks.parquet", "prompts.parquet")
+
+
+@pytest.mark.parametrize("name, damage", zip(TABLES, [
+    lambda file: file.unlink(),
+    lambda file: file.write_bytes(b""),
+    lambda file: file.write_bytes(file.read_bytes()[:-50]),
+    lambda file: file.write_bytes(bytes(file.stat().st_size)),
+]), ids=["gone", "empty", "cut off", "zeros"])
+def test_a_lost_table_is_made_again(seeded, tmp_path, capsys, name, damage):
+    run = shutil.copytree(seeded.run, tmp_path / "run")
+    shutil.copyfile(seeded.run.parent / "own.txt", tmp_path / "own.txt")
+    (run / "iter0").mkdir()
+    before = {table: (run / table).read_bytes() for table in TABLES}
+    damage(run / name)
+    assert call("01", run) is None
+    assert f"01 seed: {run / name} is lost or damaged, and is made again" in capsys.readouterr().out
+    assert {table: (run / table).read_bytes() for table in TABLES} == before
+    assert call("01", run) is None
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_rows_that_were_dropped_stay_out_and_another_source_is_refused(seeded, source, tmp_path):
+    run = shutil.copytree(seeded.run, tmp_path / "run")
+    kept = pd.read_parquet(run / "seed/pairs.parquet")[1:]
+    kept.to_parquet(run / "seed/pairs.parquet", index=False)
+    (run / "seed/holdout.parquet").unlink()
+    assert call("01", run) is None
+    assert len(pd.read_parquet(run / "seed/pairs.parquet")) == 11
+    assert len(pd.read_parquet(run / "seed/holdout.parquet")) == 3
+
+    # Human pairs that the training has not seen would measure another judge.
+    (run / "seed/holdout.parquet").unlink()
+    other = shutil.copytree(source, tmp_path / "other")
+    for number in range(3):
+        rows = [shard_row(100 * number + i) for i in range(20)]
+        write_shard(other / f"data/train-{number:05d}-of-00003.parquet", rows)
+    configure(run, pairs=str(other))
+    refused(call("01", run), "seed/pairs.parquet: --pairs", "holdout.parquet cannot be made again")
+
+
+def test_a_damaged_picture_of_the_world_is_made_again_as_the_message_says(mini, mini_copy):
+    """In the middle, so that only who reads it to its end will notice."""
+    pictures = {
+        mini_copy / pd.read_parquet(mini / "seed/pairs.parquet").win[0]: ("01",),
+        mini_copy / pd.read_parquet(mini / "iter1/pairs.parquet").win[0]: ("02", "--iter", "1"),
+    }
+    marks = {"01": "seed/holdout.parquet", "02": "iter1/pairs.parquet"}
+    for picture, maker in pictures.items():
+        whole = picture.read_bytes()
+        half = len(whole) // 2
+        picture.write_bytes(whole[:half] + b"?" * 20 + whole[half + 20:])
+        (mini_copy / marks[maker[0]]).unlink()
+
+        looker = ("03", "--iter", "1") if maker[0] == "02" else maker
+        told = call(looker[0], mini_copy, *looker[1:])
+        refused(told, f"{picture}: cannot read the image", "the same command makes it again")
+        picture.unlink()
+        Path(re.search("delete it and (.*), and", told)[1]).unlink()
+        assert call(maker[0], mini_copy, *maker[1:]) is None
+        assert call(looker[0], mini_copy, *looker[1:]) is None
+        assert picture.read_bytes() == whole
+        for name in (*TABLES, "iter1/candidates.parquet", "iter1/pairs.parquet"):
+            assert (mini_copy / name).read_bytes() == (mini / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("ids, prompts, told", [
+    ([0, None, 2], ["a", "b", "c"], "row 1: prompt_id 0.0 is not a whole number"),
+    (["0", "1", "2"], ["a", "b", "c"], "row 1: prompt_id '0' is not a whole number"),
+    ([0, 1, 0], ["a", "b", "c"], "row 3: prompt_id 0 stands there already"),
+    ([0, 1, 2], ["a", None, "c"], "row 2: prompt nan is not a text"),
+    ([0, 1, 2], [b"a", b"b", b"c"], "row 1: prompt b'a' is not a text"),
+])
+def test_an_odd_row_of_prompts_is_told_with_its_remedy(tmp_path, ids, prompts, told):
+    table = pd.DataFrame({"prompt_id": ids, "prompt": prompts, "split": "eval"})
+    table.to_parquet(tmp_path / "prompts.parquet")
+    message = fails_with(told, read_prompts, tmp_path, "eval")
+    assert re.search("or delete .*prompts.parquet and run .* again", message)
+
+
+def test_benchmarks_of_other_prompts_are_told_and_made_again(comparing_run):
+    write_eval(comparing_run)
+    of_eval = read_prompts(comparing_run.run, "eval")
+    path = Path(comparing_run.run) / "benchmarks.parquet"
+    whole = pd.read_parquet(path)
+    for damaged, told in [
+        (whole.assign(prompt_id=whole.prompt_id + 90), "row 1: prompt_id 90 is none of"),
+        (whole.assign(prompt_id="x"), "row 1: prompt_id 'x' is none of"),
+        (whole[1:], "prompt_id 0 is not in it"),
+    ]:
+        damaged.to_parquet(path, index=False)
+        message = fails_with(told, read_benchmarks, comparing_run.run, of_eval)
+        assert "delete it and run 05_eval.py" in message
+
+    path.unlink()
+    (Path(comparing_run.run) / "prompts.parquet").unlink()
+    write_eval(comparing_run)
+    assert pd.read_parquet(path).equals(whole)
+    assert len(read_benchmarks(comparing_run.run, of_eval)) == 6
+
+
+def test_prompts_of_a_run_with_human_pairs_are_not_those_of_a_comparison(mini_copy):
+    (mini_copy / "prompts.parquet").write_bytes(b"")
+    told = fails_with("run 01_seed.py --run", write_eval, settings_of(mini_copy))
+    assert call("01", *re.search("--run (.*),", told).groups()) is None
+    write_eval(settings_of(mini_copy))
+    assert len(read_prompts(mini_copy, "iter1")) == 3
 
 
 def test_a_folder_made_to_compare_models_is_not_taken_for_a_seed(tmp_path):

@@ -178,6 +178,15 @@ def test_people_without_noise_always_agree(utilities):
     assert people.self_agreement(first, first, 0.) == (1., 1.)
 
 
+def test_a_note_tells_where_a_label_goes_against_the_annotators_own_utility(seed):
+    notes = seed.notes_on_labels(torch.tensor([1.5, 2., 1.]), torch.tensor([2., 1.5, 1.]))
+    assert notes == [
+        "utility 1.50 : 2.00, against it",
+        "utility 2.00 : 1.50",
+        "utility 1.00 : 1.00",
+    ]
+
+
 # ---- who may ask the oracle ----
 
 PEOPLE = "lib.world.people"

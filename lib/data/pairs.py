@@ -1,14 +1,15 @@
 """Human pairs from outside, in an order that depends on the run's seed: what makes a row a pair.
 
-A source (`--pairs`) is the user's own table, with columns prompt, win and lose, or Pick-a-Pic's
-shards, with their labels; a table may lie on the hub and shards on this machine. Pairs stream:
-shards are opened one by one (shards.py), and a reader that has enough simply stops. In the user's
-table a broken row is an error that names it; among Pick-a-Pic's 0.8 million it is skipped and
+A source (`--pairs`) is the user's own table or folder (folders.py), or Parquet shards on this
+machine or on the hub; LAYOUTS says by which columns a pair is known. Pairs stream: shards are
+opened one by one (shards.py), and a reader that has enough simply stops. In the user's table a
+broken row is an error that names it; among those of Pick-a-Pic and of the hub it is skipped and
 counted.
 """
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,18 +17,28 @@ from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.data.folders import is_two_folders, own_rows, table_of
 from lib.data.pictures import Encoded, digest
 from lib.data.prompts import fold
 from lib.data.shards import ROWS_HELD, find_shards, shuffled_batches
-from lib.data.tables import need_columns, open_parquet, shuffled, text_rows
-from lib.run import UserError
+from lib.data.tables import cell_text, need_columns, open_parquet, shuffled, suffix_of
+from lib.run import UserError, shown
 
-SOURCE_COLUMNS = ("prompt", "win", "lose")
-PICKAPIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
+# The columns by which a pair is known: the project's own, those of open-image-preferences and of
+# most trainers, invoke-training's, and Pick-a-Pic's.
+WIN_LOSE = ("prompt", "win", "lose")
+CHOSEN = ("prompt", "chosen", "rejected")
+PREFER = ("prompt", "image_0", "image_1", "prefer_0", "prefer_1")
+PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
+LAYOUTS = (WIN_LOSE, CHOSEN, PREFER, PICKAPIC)
 
-FIRST_IS_BETTER = (1, 0)                    # Pick-a-Pic's (label_0, label_1)
+# Labels of two pictures: Pick-a-Pic's numbers; invoke-training's truth values equal some of them.
+FIRST_IS_BETTER = (1, 0)
 SECOND_IS_BETTER = (0, 1)
 TIE = (.5, .5)
+
+# A CSV has them as texts.
+AS_TEXT = {"1": 1, "0": 0, ".5": .5, "0.5": .5, "true": 1, "false": 0}
 
 
 class Row(NamedTuple):
@@ -120,20 +131,26 @@ def id_of_pair(prompt: str, win: str, lose: str) -> str:
 # ---- the rows of a source ----
 
 def source_rows(source: str, seed: int) -> Iterator[list[Row]]:
-    """Batches of rows in the seed's order: a text table's, or those of shard after shard."""
+    """Batches of rows in the seed's order: a user's own, or those of shard after shard."""
+    source = table_of(source)
     path = Path(source)
-    if path.is_file() and path.suffix != ".parquet":
-        yield from text_table_rows(path, seed)
+    is_text = os.path.isfile(source) and suffix_of(path) != ".parquet"
+    if is_text or (os.path.isdir(source) and is_two_folders(source)):
+        folder = path.parent if is_text else path
+        yield from own_table_rows(source, folder, seed)
         return
 
     shards = find_shards(source)
     for name in shuffled(shards.names, seed):
-        yield from shard_rows(shards.fetch(name), name, seed)
+        yield from shard_rows(shards.fetch(name), name, seed, on_hub=shards.folder is None)
 
 
-def text_table_rows(path: Path, seed: int) -> Iterator[list[Row]]:
-    """Batches of a text table's rows; all its paths are checked before the first batch."""
-    rows = [table_row(where, record, path.parent) for where, record in text_rows(path)]
+def own_table_rows(source: str, folder: Path, seed: int) -> Iterator[list[Row]]:
+    """Batches of a user's own rows; all their paths are checked before the first batch."""
+    rows = []
+    for where, record in own_rows(source):
+        layout = pair_columns(record, where, LAYOUTS[:-1])
+        rows.append(row_of(layout, where, record, folder))
 
     # Rows are drawn by their number alone: a table that is moved or renamed keeps its order.
     order = shuffled(range(len(rows)), seed)
@@ -141,50 +158,78 @@ def text_table_rows(path: Path, seed: int) -> Iterator[list[Row]]:
         yield [rows[i] for i in order[start:start + ROWS_HELD]]
 
 
-def shard_rows(file: Path, name: str, seed: int) -> Iterator[list[Row]]:
-    """Batches of a Parquet file's rows, be it Pick-a-Pic's or a table of the user's."""
-    for records in shard_records(file, name, seed):
-        batch = []
-        for where, record in records:
-            if "win" in record:
-                batch.append(table_row(where, record, file.parent))
-            else:
-                batch.append(pickapic_row(where, record))
-        yield batch
-
-
-def shard_records(file: Path, name: str, seed: int) -> Iterator[list[tuple[str, dict]]]:
-    """Batches of (where, record) of a Parquet file, with the columns of a pair alone."""
+def shard_rows(file: Path, name: str, seed: int, on_hub: bool) -> Iterator[list[Row]]:
+    """Batches of a Parquet file's rows; those on the hub nobody here can mend."""
     with open_parquet(file, str(file)) as table:
-        columns = pair_columns(table.schema_arrow.names, str(file))
+        layout = pair_columns(table.schema_arrow.names, str(file))
+        columns = layout
+        if "has_label" in table.schema_arrow.names:
+            columns += ("has_label",)
+
+        # Bytes are in the table itself; files could only lie beside the user's own.
+        folder = None if on_hub or layout == PICKAPIC else file.parent
         for batch in shuffled_batches(table, name, seed, columns):
-            yield [(f"{file}, row {number}", record) for number, record in batch]
+            yield [row_of(layout, f"{file}, row {number}", record, folder)
+                   for number, record in batch]
 
 
-def pair_columns(have: list[str], where: str) -> tuple[str, ...]:
-    """The columns to read of a Parquet file; UserError if one is missing.
+def pair_columns(
+    have: Iterable[str],
+    where: str,
+    layouts: tuple[tuple[str, ...], ...] = LAYOUTS,
+) -> tuple[str, ...]:
+    """The layout of a table or row; UserError with the first column that is missing.
 
-    The file is Pick-a-Pic's if it has that data set's names and not all of a pair table's.
+    Where no layout is complete, the one that most of the names belong to is meant.
     """
-    columns = SOURCE_COLUMNS
-    if not set(SOURCE_COLUMNS) <= set(have) and ("caption" in have or "jpg_0" in have):
-        columns = PICKAPIC_COLUMNS
-    need_columns(columns, have, where)
+    names = set(have)
+    for layout in layouts:
+        if names.issuperset(layout):
+            return layout
 
-    if "has_label" in have:
-        columns += ("has_label",)
-    return columns
+    # A prompt alone tells none of them from another.
+    nearest = max(layouts, key=lambda layout: len(names.intersection(layout)))
+    need_columns(nearest, have, where)
 
 
 # ---- what a row says ----
 
-def table_row(where: str, record: dict, folder: Path) -> Row:
-    """A row of the user's own table, which lies in `folder`; UserError if it is not a pair's."""
-    need_columns(SOURCE_COLUMNS, record, where)
-    prompt = str(record["prompt"] or "").strip()
-    win = table_picture(record["win"], folder, where)
-    lose = table_picture(record["lose"], folder, where)
-    return Row(where, prompt, win, lose, strict=True)
+def row_of(layout: tuple[str, ...], where: str, record: dict, folder: Path | None) -> Row:
+    """What a row of a layout says, its preferred picture first; a tie is no pair, nor no label.
+
+    The user's own row lies in `folder`, and is to be mended where it is broken; among others (None)
+    it is skipped. UserError: a cell is of another kind than its column's.
+    """
+    prompt, first, second, *labels = layout
+    if labels:
+        given = tuple(label_of(record[column], where, column) for column in labels)
+        if given not in (FIRST_IS_BETTER, SECOND_IS_BETTER, TIE):
+            return Row(where, no_pair="no label")
+        if record.get("has_label") is False:
+            return Row(where, no_pair="no label")
+        if given == TIE:
+            return Row(where, no_pair="tie")
+        if given == SECOND_IS_BETTER:
+            first, second = second, first
+
+    text = cell_text(record[prompt], where, prompt)
+    if folder is None:
+        win, lose = (picture_bytes(record[column], where, column) for column in (first, second))
+    else:
+        win, lose = (table_picture(record[column], folder, where) for column in (first, second))
+    return Row(where, text, win, lose, strict=folder is not None)
+
+
+def label_of(label, where: str, column: str) -> int | float | None:
+    """A label of one of two pictures; None where a row has none."""
+    if isinstance(label, str):
+        label = AS_TEXT.get(label.strip().lower(), label)
+    if not isinstance(label, int | float | None):
+        raise UserError(
+            f"{where}: {column} is {shown(label)} and no number; "
+            f"write 1 for the preferred picture, 0 for the other, .5 twice for a tie"
+        )
+    return label
 
 
 def table_picture(cell, folder: Path, where: str) -> Encoded:
@@ -196,40 +241,49 @@ def table_picture(cell, folder: Path, where: str) -> Encoded:
         return cell
     if not isinstance(cell, str) or not cell.strip():
         raise UserError(
-            f"{where}: no image but {cell!r}; "
+            f"{where}: no image but {shown(cell)}; "
             f"give its path (or, in Parquet, its bytes) or drop the row"
         )
+    return file_within(folder, cell, where)
 
-    # A table names nothing outside its folder, by no way: absolute, upward, or through a link.
-    path = folder / cell
-    outside = Path(cell).is_absolute() or ".." in Path(cell).parts
-    if outside or not path.resolve().is_relative_to(folder.resolve()):
+
+def file_within(folder: Path, name: str, where: str) -> Path:
+    """The file of a table's folder that a row names; UserError where that is no such file.
+
+    A table names nothing outside its folder, by no way: absolute, upward, or through a link.
+    """
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(
-            f"{where}: {cell!r} leaves the table's folder; "
+            f"{where}: {shown(name)} leaves the table's folder; "
             f"name images relative to {folder}, and in it"
         )
-    if not path.is_file():
-        raise UserError(f"{where}: no file {cell!r} in {folder}; correct the path or drop the row")
+
+    # What is no file's name at all (too long, or half a character) is no file either.
+    try:
+        target = path.resolve()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError):
+        is_file = False
+    if not is_file:
+        raise UserError(
+            f"{where}: no file {shown(name)} in {folder}; correct the path or drop the row"
+        )
+    if not target.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{where}: {shown(name)} leaves the table's folder through a link; move the table to "
+            f"where the pictures are ({target.parent}) and name them from there, or copy them here"
+        )
     return path
 
 
-def pickapic_row(where: str, record: dict) -> Row:
-    """A row of Pick-a-Pic, its preferred picture first; a tie or a missing label is no pair."""
-    # Any labels but these three do not say which picture is preferred.
-    labels = (record["label_0"], record["label_1"])
-    labelled = labels in (FIRST_IS_BETTER, SECOND_IS_BETTER, TIE)
-    if not labelled or record.get("has_label") is False:
-        return Row(where, no_pair="no label")
-    if labels == TIE:
-        return Row(where, no_pair="tie")
-
-    win = pickapic_picture(record["jpg_0"])
-    lose = pickapic_picture(record["jpg_1"])
-    if labels == SECOND_IS_BETTER:
-        win, lose = lose, win
-    return Row(where, (record["caption"] or "").strip(), win, lose)
-
-
-def pickapic_picture(cell) -> Encoded | None:
-    """The bytes of a picture; some copies of Pick-a-Pic wrap them as the datasets library does."""
-    return cell.get("bytes") if isinstance(cell, dict) else cell
+def picture_bytes(cell, where: str, column: str) -> bytes | None:
+    """The bytes of a picture, which may be wrapped as the datasets library does; None for none."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes")
+    if not isinstance(cell, bytes | None):
+        raise UserError(
+            f"{where}: {column} is {shown(cell)} and no picture's bytes; "
+            f"write them there, or name files in a table with columns prompt, win, lose"
+        )
+    return cell

@@ -1,4 +1,4 @@
-"""Pictures from outside: every format and mode that people have, as upright RGB.
+"""Pictures from outside: the formats and modes that people have, as upright RGB.
 
 A picture comes as bytes (a cell of a Parquet table) or as the path of a file. `decode` makes the
 square that a run trains on; `digest` names a picture by its bytes and notices a broken one. The
@@ -7,11 +7,19 @@ run's own pictures are written whole and need none of this: they are opened by l
 
 import hashlib
 import io
+import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lib.run import PICTURE_FORMATS
 
 Encoded = bytes | Path                      # an encoded picture: its bytes, or the file with them
+
+# A file of some kilobytes may unpack to a picture that fills the memory. What Pillow warns of is
+# refused here, so its own warning has nothing to add.
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def read_picture(encoded: Encoded, draft: bool = False) -> Image.Image:
@@ -21,12 +29,17 @@ def read_picture(encoded: Encoded, draft: bool = False) -> Image.Image:
     """
     file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
     try:
-        with Image.open(file) as picture:
+        with Image.open(file, formats=PICTURE_FORMATS) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(f"more than {MOST_PIXELS:,} pixels; make it smaller")
             if draft:
                 picture.draft("RGB", (1, 1))
 
             # A camera may store a picture lying on its side, with a note of how to turn it.
             return as_rgb(ImageOps.exif_transpose(picture))
+
+    except UnidentifiedImageError:
+        raise OSError(f"no whole {', '.join(PICTURE_FORMATS)}") from None
 
     # Pillow's decoders raise nearly every kind of error on broken data.
     except Exception as error:

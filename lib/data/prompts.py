@@ -13,6 +13,7 @@ they differ only in case, white space or the Unicode form of their letters.
 """
 
 import itertools
+import os
 import re
 import unicodedata
 from collections import defaultdict
@@ -21,9 +22,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib.data.shards import find_shards
-from lib.data.tables import prompt_rows, shuffled
-from lib.run import UserError, write_table
+from lib.data.folders import is_two_folders, own_rows, table_of
+from lib.data.shards import DISK_ERRORS, find_shards, hub_problem
+from lib.data.tables import is_hidden, prompt_rows, shuffled, suffix_of
+from lib.run import UserError, is_whole, read_table, shown, write_table
 from lib.settings import Settings
 from lib.world.captions import style_of, world_captions
 
@@ -83,30 +85,35 @@ def pair_prompts(source: str, seed: int, taken: Iterable[str], count: int) -> li
 
     No image is read, and no shard after those that suffice.
     """
-    shards = find_shards(source)
-
     def stream() -> Iterator[str]:
+        if os.path.isdir(table) and is_two_folders(table):
+            yield from shuffled([record["prompt"] for _, record in own_rows(table)], seed)
+            return
+
+        shards = find_shards(table)
         for name in shuffled(shards.names, seed):
             for _, prompt in shards.prompts(name):
                 yield prompt
 
+    table = table_of(source)
     return list(itertools.islice(distinct(stream(), taken), count))
 
 
 def split_prompts(
-    pool: list[str], taken: Iterable[str], counts: dict[str, int], seed: int
+    pool: list[str], taken: Iterable[str], counts: dict[str, int], seed: int, source: str
 ) -> dict[str, list[str]]:
     """Random splits of a pool, `counts` prompts each; no two alike, none alike to one taken.
 
-    UserError if the pool is too small.
+    UserError, which names the pool's `source`, if it is too small.
     """
     usable = list(distinct(pool, taken))
     total = sum(counts.values())
     if len(usable) < total:
         parts = ", ".join(f"{split} {count}" for split, count in counts.items())
         raise UserError(
-            f"{total} prompts are needed ({parts}), but of {len(pool)} only {len(usable)} are left "
-            f"without repeats and those in use elsewhere; give more, or ask for fewer"
+            f"{source}: {total} prompts are needed ({parts}), but of {len(pool)} only "
+            f"{len(usable)} are left without repeats and those in use elsewhere; "
+            f"give more, or ask for fewer with --iter-prompts or --iters"
         )
 
     # Splits are cut off one after another: a further one leaves those before it as they are.
@@ -124,7 +131,7 @@ def pickapic(source: str) -> Rows:
 
     No image is read.
     """
-    if not source or Path(source).is_file():
+    if not source or os.path.isfile(source):
         place = source or "the pair source"
         raise UserError(f"{place} is not Pick-a-Pic and has no validation shards")
 
@@ -182,23 +189,28 @@ def fetch_published(name: str, pair_source: str) -> Rows:
         return parti()
     except UserError:
         raise
+    except ImportError as error:
+        raise UserError(f"its package cannot be loaded ({error}); pip install --no-deps "
+                        f"hpsv2==1.2.0 clint==0.5.1") from None
 
     # The package, the hub and the network raise all kinds of error.
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot fetch its list ({type(error).__name__}: {text})") from None
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise
+        raise UserError(f"cannot fetch its list: {hub_problem(error)}") from None
 
 
 def read_copy(name: str, path: Path) -> Rows:
     """The prompts of a file, or of a folder with one file for each style, named after it."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return prompt_rows(path, str(path))
 
     # The folder in which HPSv2 publishes its lists has another benchmark's too.
     if name == "hpsv2":
         files = [path / f"{style}.json" for style in HPSV2_STYLES]
     else:
-        files = sorted(file for file in path.iterdir() if file.suffix in FOLDER_SUFFIXES)
+        files = sorted(file for file in path.iterdir() if suffix_of(file) in FOLDER_SUFFIXES
+                       and not is_hidden(file.relative_to(path)))
 
     rows = []
     for file in files:
@@ -268,12 +280,12 @@ def benchmark_rows(part: str, pair_source: str) -> tuple[str, Rows]:
     # What exists is a path, even with a "=" in it; yet `parti` is the benchmark, even beside a
     # folder of that name.
     name, _, path = part.partition("=")
-    if part not in PUBLISHED and Path(part).exists():
+    if part not in PUBLISHED and os.path.exists(part):
         name = Path(part).stem
         path = part
 
     try:
-        if path and name == "pickapic" and not Path(path).is_file():
+        if path and name == "pickapic" and not os.path.isfile(path):
             rows = pickapic(path)
         elif path:
             rows = read_copy(name, Path(path))
@@ -336,10 +348,10 @@ def in_words(benchmark: str, rows: Rows, chosen: Rows) -> str:
 
 # ---- the tables of a run ----
 
-def write_prompts(
-    run: Path, splits: dict[str, list[str]], evaluation: pd.DataFrame
-) -> pd.DataFrame:
-    """Writes benchmarks.parquet, then prompts.parquet, which is returned.
+def prompt_tables(
+    splits: dict[str, list[str]], evaluation: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """benchmarks.parquet and prompts.parquet of a run.
 
     prompts.parquet has the prompts of the splits and, as split `eval`, each of the evaluation's
     once; benchmarks.parquet says in which benchmarks and styles each of those stands.
@@ -355,17 +367,47 @@ def write_prompts(
     # A prompt of two benchmarks or styles has one id, and a row for each.
     id_of = prompts[prompts.split == "eval"].set_index("prompt").prompt_id
     table = evaluation.assign(prompt_id=evaluation.prompt.map(id_of))
-
-    # prompts.parquet says that stage 01 is done, so it comes last.
-    write_table(table[["benchmark", "style", "prompt_id"]], Path(run) / "benchmarks.parquet")
-    write_table(prompts, Path(run) / "prompts.parquet")
-    return prompts
+    return table[["benchmark", "style", "prompt_id"]], prompts
 
 
 def write_eval(s: Settings) -> None:
     """The tables of a run folder without human pairs, which only compares models.
 
     Nothing happens where they are there already. One process writes; the others have to wait.
+    UserError: the folder has human pairs, so its prompts are more than the evaluation's.
     """
-    if not (Path(s.run) / "prompts.parquet").exists():
-        write_prompts(s.run, {}, evaluation_prompts(s.eval_prompts, s.eval_count, s.pairs))
+    run = Path(s.run)
+    if is_whole(run / "prompts.parquet"):
+        return
+    if (run / "seed").exists():
+        raise UserError(f"{run}/prompts.parquet is lost or damaged: run 01_seed.py --run {run}, "
+                        f"which makes it again")
+
+    # prompts.parquet says that both are there, so it comes last.
+    evaluation = evaluation_prompts(s.eval_prompts, s.eval_count, s.pairs)
+    benchmarks, prompts = prompt_tables({}, evaluation)
+    write_table(benchmarks, run / "benchmarks.parquet")
+    write_table(prompts, run / "prompts.parquet")
+
+
+def read_benchmarks(run: Path, of_eval: pd.DataFrame) -> pd.DataFrame:
+    """(benchmark, style, prompt_id, prompt) of the evaluation's prompts (prompt_id, prompt).
+
+    UserError: benchmarks.parquet is broken, or has other prompts.
+    """
+    path = Path(run) / "benchmarks.parquet"
+    made_by = f"01_seed.py --run {run}"
+    if not (Path(run) / "seed").exists():
+        made_by = f"05_eval.py --run {run} without prompts.parquet"
+
+    table = read_table(path, ("benchmark", "style", "prompt_id"), made_by)
+    ids = set(of_eval.prompt_id)
+    for row, prompt_id in enumerate(table.prompt_id, start=1):
+        if prompt_id not in ids:
+            raise UserError(f"{path}, row {row}: prompt_id {shown(prompt_id)} is none of the "
+                            f"evaluation's in prompts.parquet; delete it and run {made_by} again")
+    missing = ids - set(table.prompt_id)
+    if missing:
+        raise UserError(f"{path}: the evaluation's prompt_id {min(missing)} is not in it; "
+                        f"delete it and run {made_by} again")
+    return table.merge(of_eval[["prompt_id", "prompt"]], on="prompt_id")

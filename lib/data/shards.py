@@ -7,27 +7,33 @@ pair is said in pairs.py.
 """
 
 import contextlib
+import errno
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
-from lib.data.tables import prompt_rows, shuffled
+from lib.data.tables import (brief, is_hidden, open_parquet, prompt_rows, shuffled,
+                             suffix_of)
 from lib.run import UserError
 
 ROWS_HELD = 64                              # rows in memory at once: some 20 MB of Pick-a-Pic
 BLOCK = 1 << 18                             # bytes that one request to the hub fetches of a column
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")         # a path, then, and not a hub id
+
+# A path, then, and not a hub id.
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 
 # Shards that must not become training data.
 OTHER_SPLIT = re.compile(r"(^|/)(test|val|validation)([-_./]|$)")
 
-PICKAPIC_IS_GONE = (
-    "Pick-a-Pic's own ids, yuvalkirstain/pickapic_v1 and _v2, have been gone from the hub since "
-    "April 2025. Give --pairs a local folder of its Parquet shards, or a copy that others keep "
-    "(neither is checked): liuhuohuo2/pick-a-pic-v2, or pickapic-anonymous/pickapic_v1 for v1"
-)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+# Pick-a-Pic's own ids are gone from the hub; these are copies that others keep.
+PICKAPIC_GONE = ("yuvalkirstain/pickapic_v1", "yuvalkirstain/pickapic_v2")
+PICKAPIC_COPIES = ("liuhuohuo2/pick-a-pic-v2", "pickapic-anonymous/pickapic_v1")
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,20 @@ class Shards:
         if self.folder is not None:
             return prompt_rows(self.folder / name, where)
 
+        with hub_errors(self.source):
+            return prompt_rows(self.peek(name), where)
+
+    def columns(self, name: str) -> list[str]:
+        """The names of the columns of a shard on the hub, of which only the end is fetched."""
+        with hub_errors(self.source), open_parquet(self.peek(name), name) as table:
+            return table.schema_arrow.names
+
+    def peek(self, name: str) -> BinaryIO:
+        """A file on the hub, of which only what is read is fetched."""
         from huggingface_hub import HfFileSystem
 
-        # Of a file on this file system, only what is read is fetched.
         path = f"datasets/{self.source}@{self.commit}/{name}"
-        with hub_errors(self.source):
-            return prompt_rows(HfFileSystem().open(path, block_size=BLOCK), where)
+        return HfFileSystem().open(path, block_size=BLOCK)
 
 
 # ---- which shards there are ----
@@ -75,14 +89,15 @@ def find_shards(source: str, all_splits: bool = False) -> Shards:
     Those of test and validation splits are left out unless `all_splits`; a single file is taken
     whatever its name.
     """
+    # os.path says no of what is no name of a file at all, where Path would raise an error.
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(source):
         return Shards(source, [path.name], path.parent)
 
-    if path.is_dir():
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*.parquet")]
-        listed = Shards(source, names, path)
-    elif HUB_ID.fullmatch(source) and path.suffix not in TABLE_SUFFIXES:
+    if os.path.isdir(source):
+        files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+        listed = Shards(source, parquet_names(files), path)
+    elif HUB_ID.fullmatch(source) and suffix_of(path) not in TABLE_SUFFIXES:
         listed = hub_shards(source)
     else:
         raise UserError(
@@ -108,32 +123,60 @@ def hub_shards(source: str) -> Shards:
 
     with hub_errors(source):
         info = HfApi().dataset_info(source)
-    names = []
-    for file in info.siblings:
-        if file.rfilename.endswith(".parquet"):
-            names.append(file.rfilename)
+    names = parquet_names(Path(file.rfilename) for file in info.siblings)
     return Shards(source, names, folder=None, commit=info.sha)
+
+
+def parquet_names(files: Iterable[Path]) -> list[str]:
+    """The Parquet files among those of a source, without hidden ones."""
+    return [file.as_posix() for file in files
+            if suffix_of(file) == ".parquet" and not is_hidden(file)]
 
 
 @contextlib.contextmanager
 def hub_errors(source: str) -> Iterator[None]:
     """What can go wrong between here and the hub becomes a UserError with a way round it."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
     try:
         yield
     except UserError:
         raise
 
-    # Each network library raises its own kinds of error.
+    # Each network library raises its own kinds of error. A full disk is not the hub's fault.
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        why = f"the hub did not give it ({type(error).__name__}: {text})"
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise
+        raise UserError(
+            f"{source}: {hub_problem(error)}, or give --pairs a local folder of Parquet shards"
+            f"{pickapic_copies(source, error)}"
+        ) from None
 
-        # Not its subclass GatedRepoError: there, terms are to be accepted.
-        if type(error) is RepositoryNotFoundError:
-            why = "no local file or folder, and the hub has no such dataset (404)"
-        raise UserError(f"{source}: {why}. {PICKAPIC_IS_GONE}") from None
+
+def hub_problem(error: Exception) -> str:
+    """Why the hub did not give what it was asked for, and what to do there."""
+    from huggingface_hub.errors import (HfHubHTTPError, LocalEntryNotFoundError,
+                                        OfflineModeIsEnabled, RepositoryNotFoundError)
+
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
+        return "the hub is out of reach, or HF_HUB_OFFLINE is set; mend the network or unset it"
+
+    # Not its subclass GatedRepoError: there, terms are to be accepted.
+    if type(error) is RepositoryNotFoundError:
+        return "no local file or folder, and the hub has no such dataset (404); correct the id"
+    if isinstance(error, HfHubHTTPError):
+        return f"the hub did not give it ({brief(error)}); look at its page there"
+    return f"the hub is out of reach ({brief(error)}); mend the network"
+
+
+def pickapic_copies(source: str, error: Exception) -> str:
+    """Where else the hub has Pick-a-Pic, if it has answered and that is what was asked for."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    names = PICKAPIC_GONE + PICKAPIC_COPIES
+    if source not in names or not isinstance(error, HfHubHTTPError):
+        return ""
+    copies = " or ".join(copy for copy in PICKAPIC_COPIES if copy != source)
+    return (f" or another copy of Pick-a-Pic, which nobody here has checked: {copies} "
+            f"({' and '.join(PICKAPIC_GONE)} have been gone since April 2025)")
 
 
 # ---- the rows of a shard ----

@@ -10,11 +10,12 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.run import UserError
+from lib.run import UserError, shown
 
 
 def shuffled(items: Iterable, *key) -> list:
@@ -33,9 +34,28 @@ def need_columns(columns: tuple[str, ...], have: Iterable[str], where: str) -> N
     for column in columns:
         if column not in have:
             raise UserError(
-                f"{where}: no column {column!r}; it has {', '.join(have)}; "
+                f"{where}: no column {column!r}; it has {', '.join(have)[:200]}; "
                 f"needed: {', '.join(columns)}"
             )
+
+
+def suffix_of(path: Path) -> str:
+    """A file name's ending, in lower case: PAIRS.CSV is a CSV file too."""
+    return Path(path).suffix.lower()
+
+
+def is_hidden(name: Path) -> bool:
+    """Whether a path, relative to a folder that was named, leads through a name with a dot.
+
+    macOS puts a ._x.parquet beside x.parquet on foreign disks.
+    """
+    return any(part.startswith(".") for part in name.parts)
+
+
+def brief(error: Exception) -> str:
+    """What a library says of an error, in one line of bounded length."""
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}"
 
 
 # ---- text tables ----
@@ -46,11 +66,13 @@ def text_rows(path: Path) -> list[tuple[str, dict]]:
     The format goes by the file's name: .csv and .tsv with a header, .json, .jsonl, and any other
     name for a text of one prompt a line. A row that is a text only is a prompt.
     """
+    # Some editors begin a UTF-8 file with a byte order mark; "utf-8-sig" reads over it.
+    text = read_text(path)
     try:
-        records = text_records(path)
-    except (OSError, csv.Error, ValueError) as error:
-        kind = path.suffix[1:] or "text"
-        raise UserError(f"{path}: not readable as UTF-8 {kind} ({error}); correct it") from None
+        records = text_records(path, text)
+    except (csv.Error, ValueError, RecursionError) as error:
+        kind = suffix_of(path)[1:] or "text"
+        raise UserError(f"{path}: not readable as {kind} ({error}); correct it") from None
 
     rows = []
     for number, record in enumerate(records, 1):
@@ -68,22 +90,51 @@ def text_rows(path: Path) -> list[tuple[str, dict]]:
     return rows
 
 
-def text_records(path: Path) -> list:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; UserError if there is none or, with its line, another encoding."""
+    content = read_bytes(path)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}, line {line}: not readable as UTF-8; save it in that encoding "
+            f"(iconv -f WINDOWS-1252 -t UTF-8 converts older Western files)"
+        ) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; UserError if there is none. Nothing but a plain file is opened."""
+    try:
+        if not path.is_file():
+            raise OSError("No such file")
+        return path.read_bytes()
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{path}: not readable ({why}); correct the name") from None
+
+
+def text_records(path: Path, text: str) -> list:
     """What the rows of a text file hold, unchecked: dicts or texts."""
-    # Some editors begin a UTF-8 file with a byte order mark; "utf-8-sig" reads over it.
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".csv":
+    kind = suffix_of(path)
+    if kind == ".csv":
         return list(csv.DictReader(io.StringIO(text, newline="")))
-    if path.suffix == ".tsv":
+    if kind == ".tsv":
         return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
-    if path.suffix == ".json":
+    if kind == ".json":
         return json_records(json.loads(text))
 
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if path.suffix == ".jsonl":
-        # All lines are parsed as one list: an error then names the line.
-        return json.loads("[" + ",\n".join(lines) + "]")
-    return lines
+    if kind != ".jsonl":
+        return lines
+
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"row {number}: {error}") from None
+    return records
 
 
 def json_records(value) -> list:
@@ -113,19 +164,43 @@ def open_parquet(file: Path | BinaryIO, where: str) -> Iterator:
     import pyarrow
     import pyarrow.parquet
 
-    # Left to itself, pyarrow would read a shard's whole row group ahead.
+    # Errors of a file on the hub are told where the hub is asked.
+    kinds = (pyarrow.ArrowException, UnicodeDecodeError)
     try:
+        if isinstance(file, Path):
+            kinds += (OSError,)
+            # A name that no file has would be taken for an address, say of S3.
+            if not file.is_file():
+                raise FileNotFoundError("No such file")
+
+        # Left to itself, pyarrow would read a shard's whole row group ahead.
         with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
             yield table
-    except (pyarrow.ArrowException, OSError) as error:
+    except kinds as error:
         raise UserError(
-            f"{where}: not a readable Parquet file ({error}); fetch or write it again"
+            f"{where}: not a readable Parquet file ({brief(error)}); fetch or write it again"
         ) from None
+
+
+def parquet_rows(
+    file: Path | BinaryIO, where: str, choose: Callable[[list[str]], list[str]]
+) -> list[tuple[str, dict]]:
+    """(where, record) of every row of a Parquet file.
+
+    Of the names of its columns `choose` says which to read; the others stay unread.
+    """
+    rows = []
+    with open_parquet(file, where) as table:
+        columns = choose(table.schema_arrow.names)
+        for batch in table.iter_batches(columns=columns):
+            for record in batch.to_pylist():
+                rows.append((f"{where}, row {len(rows) + 1}", record))
+    return rows
 
 
 def count_rows(path: Path) -> int:
     """Rows of a table; of a Parquet file only the footer is read."""
-    if path.suffix != ".parquet":
+    if suffix_of(path) != ".parquet":
         return len(text_rows(path))
     with open_parquet(path, str(path)) as table:
         return table.metadata.num_rows
@@ -138,35 +213,25 @@ def prompt_rows(file: Path | BinaryIO, where: str) -> list[tuple[str, str]]:
 
     `file` is a table of any format, or an open Parquet file, which `where` then names.
     """
-    if isinstance(file, Path) and file.suffix != ".parquet":
+    if isinstance(file, Path) and suffix_of(file) != ".parquet":
         rows = text_rows(file)
     else:
-        rows = parquet_prompt_rows(file, where)
+        # Beside these columns lie the pictures: nearly all of a shard's bytes.
+        def choose(have):
+            return [column for column in prompt_columns(have, where) if column]
+        rows = parquet_rows(file, where, choose)
 
     prompts = []
-    for where, record in rows:
-        prompt_column, style_column = prompt_columns(record, where)
-        style = ""
-        if style_column is not None:
-            style = cell_text(record[style_column])
-        prompts.append((style, cell_text(record[prompt_column])))
+    for place, record in rows:
+        prompt_column, style_column = prompt_columns(record, place)
+        style = record.get(style_column)
+
+        # Styles may be numbered.
+        if isinstance(style, int):
+            style = str(style)
+        prompt = cell_text(record[prompt_column], place, prompt_column)
+        prompts.append((cell_text(style, place, style_column), prompt))
     return prompts
-
-
-def parquet_prompt_rows(file: Path | BinaryIO, where: str) -> list[tuple[str, dict]]:
-    """(where, record) of a Parquet file's rows, with the columns of prompts and styles alone."""
-    rows = []
-    with open_parquet(file, where) as table:
-        prompt_column, style_column = prompt_columns(table.schema_arrow.names, where)
-        columns = [prompt_column]
-        if style_column is not None:
-            columns.append(style_column)
-
-        # Beside these columns lie the pictures: nearly all of a shard's bytes.
-        for batch in table.iter_batches(columns=columns):
-            for record in batch.to_pylist():
-                rows.append((where, record))
-    return rows
 
 
 def prompt_columns(have: Iterable[str], where: str) -> tuple[str, str | None]:
@@ -179,6 +244,21 @@ def prompt_columns(have: Iterable[str], where: str) -> tuple[str, str | None]:
     return prompt_column, style_column
 
 
-def cell_text(cell) -> str:
-    """A cell as stripped text; "" where it is empty."""
-    return str(cell or "").strip()
+def cell_text(cell, where: str, column: str) -> str:
+    """A cell as stripped text, "" where it is empty; UserError if it holds anything but text."""
+    # Pandas has a NaN where a text is missing.
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    if not isinstance(cell, str):
+        raise UserError(
+            f"{where}: {column} is {shown(cell)} and no text; write one there or drop the row"
+        )
+
+    # JSON can hold half a character, which no file or text encoder takes.
+    try:
+        cell.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: {column} {shown(cell)} has half a character; correct it or drop the row"
+        ) from None
+    return cell.strip()
