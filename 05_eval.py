@@ -1,8 +1,9 @@
 """Stage 05: every model on prompts that nobody trained on: the table, the curves, and a page.
 
 reads   prompts.parquet (split eval), benchmarks.parquet, the base model, iterK/unet/ of all rounds,
-        rows given by hand
-writes  eval/images/, eval/scores/          pictures, and the scores of each row of the table
+        rows given by hand, now or before
+writes  eval/rows.json                      the rows given by hand, which stay in the table
+        eval/images/, eval/scores/          pictures, and the scores of each row of the table
         eval/scores.parquet                 one row per picture; a prompt of two styles has two
         eval/table.md, eval/table.csv       means, gains and win rates with intervals
         eval/curves.png, eval/samples.png
@@ -17,11 +18,15 @@ study).
     python 05_eval.py --run runs/tiny                                  the run's own models
     python 05_eval.py --run runs/tiny --only base,Iter0,Iter3          some of them
     python 05_eval.py --run runs/tiny --row "other=runs/other/iter3/unet"           and others
+    python 05_eval.py --run runs/tiny --drop other                                  without it again
+    python 05_eval.py --run runs/tiny --scores none                                 pictures alone
     python 05_eval.py --preset sd15 --run runs/mine --row mine=me/my-model          without a run
     python 05_eval.py --preset sd15 --run runs/scores --images my/pictures          without a model
 
 lib/eval/rows.py says what a row may be.
 """
+
+import lib.program  # noqa: F401, I001  first: Ctrl-C is answered from here on
 
 import argparse
 import json
@@ -33,17 +38,20 @@ import pandas as pd
 
 from lib import models, sheets, tracking
 from lib.data import prompts
-from lib.eval import curves, page, paper, rows, scores, table, walk
+from lib.eval import curves, page, paper, remembered, rows, scores, table, walk, words
+from lib.judge import verdict
 from lib.models import BASE
 from lib.rivals.controls import parse_control
-from lib.run import (Ledger, UserError, differing_code, is_main, keep_code, read_prompts,
-                     read_table, run_stage, seed_of, wait, write_table, write_text)
+from lib.run import (Ledger, UserError, begin, differing_code, is_main, read_prompts, run_stage,
+                     seed_of, wait, write_table, write_text)
 from lib.settings import Settings, environment, load
 
 ARGUMENTS = {
     "--row": {"action": "append", "default": [], "metavar": "NAME=WHERE",
               "help": "another row: a model, an adapter, a control or existing pictures "
-                      "(lib/eval/rows.py says how)"},
+                      "(lib/eval/rows.py says how); it stays in the table"},
+    "--drop": {"action": "append", "default": [], "metavar": "NAME",
+               "help": "take a row that was given before out of the table"},
     "--only": {"default": "", "metavar": "NAMES",
                "help": "of the run's own models, base included, draw and score these alone, "
                        "say base,Iter0,Iter3"},
@@ -53,6 +61,8 @@ ARGUMENTS = {
                       "help": "write eval/scores.parquet, and no table, figure or page"},
     "--images": {"default": "", "metavar": "PATH",
                  "help": "score these pictures alone: a table with prompt and image, or a folder"}}
+
+LONGEST_NAME = 60                             # characters of a row's name
 
 
 # ---- read: which rows, which prompts ----
@@ -69,7 +79,7 @@ def models_of_run(s: Settings) -> dict[str, int]:
 def rows_of_table(s: Settings, stage: argparse.Namespace) -> dict[str, int | str]:
     """What the table compares, by name: a model of the run, or where another row lies."""
     if stage.images:
-        if stage.row or stage.only or stage.rivals:
+        if stage.row or stage.only or stage.rivals or stage.drop:
             raise UserError("--images scores pictures alone, beside no model; for a comparison "
                             "give --row NAME=images:PATH")
         return {"images": rows.IMAGES + stage.images}
@@ -86,25 +96,38 @@ def rows_of_table(s: Settings, stage: argparse.Namespace) -> dict[str, int | str
 
     compared = {name: k for name, k in of_run.items() if name in wanted}
 
-    # Others, each under a name of its own.
-    for text in stage.row:
+    # Others: those given now, and those that the table has had.
+    given = rows_given(s, stage.row, of_run)
+    if stage.rivals:
+        given = add_rivals(s, given)
+    if not stage.scores_only:
+        given = remembered.recall(s, given, stage.drop, of_run)
+    return compared | given
+
+
+def rows_given(s: Settings, texts: list[str], of_run: dict[str, int]) -> dict[str, str]:
+    """The rows of --row NAME=WHERE, each under a name of its own.
+
+    A row that cannot work is refused before any is drawn.
+    """
+    given = {}
+    for text in texts:
         name, _, where = text.partition("=")
         if not name or not where:
             raise UserError(f"--row {text}: give NAME=WHERE, say mine=path/to/unet")
-        if name in compared or name in of_run:
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise UserError(f"--row {name[:20]!r}...: a row's name has at most {LONGEST_NAME} "
+                            f"characters, all of them printable; give another")
+        if name in given or name in of_run:
             raise UserError(f"--row {text}: the name {name!r} is taken already; give another")
-        compared[name] = os.path.expanduser(where)
+        given[name] = os.path.expanduser(where)
 
-    # A row that cannot work is refused before any is drawn.
-    for where in compared.values():
-        if isinstance(where, str):
-            rows.check(s, where)
-    if stage.rivals:
-        compared = add_rivals(s, compared)
-    return compared
+    for where in given.values():
+        rows.check(s, where)
+    return given
 
 
-def add_rivals(s: Settings, compared: dict[str, int | str]) -> dict[str, int | str]:
+def add_rivals(s: Settings, compared: dict[str, str]) -> dict[str, str]:
     """A public checkpoint that is gone must not cost a finished run: it is left out, and said."""
     compared = dict(compared)
     for name, where in rows.RIVALS.get(s.preset, {}).items():
@@ -120,7 +143,7 @@ def add_rivals(s: Settings, compared: dict[str, int | str]) -> dict[str, int | s
 def prompts_of_evaluation(s: Settings) -> pd.DataFrame:
     """(benchmark, style, prompt_id, prompt): a prompt in two styles stands there twice."""
     run = Path(s.run)
-    if not (run / "prompts.parquet").exists() and is_main():
+    if is_main():
         prompts.write_eval(s)
     wait()
 
@@ -129,8 +152,7 @@ def prompts_of_evaluation(s: Settings) -> pd.DataFrame:
     of_eval = read_prompts(run, "eval")
     if not (run / "benchmarks.parquet").exists():
         return of_eval.assign(benchmark=Path(s.eval_prompts).stem, style="")[columns]
-    places = read_table(run / "benchmarks.parquet", columns[:3], "01_seed.py")
-    return places.merge(of_eval[["prompt_id", "prompt"]], on="prompt_id")
+    return prompts.read_benchmarks(run, of_eval)
 
 
 def jobs_of_row(
@@ -194,6 +216,13 @@ def collect(
     return whole[table.KEYS + columns]
 
 
+def check_folder(s: Settings) -> None:
+    """UserError if something else is where this stage keeps its results."""
+    folder = Path(s.run) / "eval"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, where this stage keeps a folder; move it away")
+
+
 def facts_of_rows(s: Settings, compared: dict[str, int | str]) -> dict[str, dict[str, str]]:
     """Human pairs behind each row, and for the run's own models the minutes of making them."""
     cost = table.cost(s.run)
@@ -248,10 +277,14 @@ def notes_on_code(s: Settings, compared: dict[str, int | str]) -> list[str]:
 
 def tables_of(
     s: Settings,
+    pictures: pd.DataFrame,
     summary: pd.DataFrame,
     facts: dict[str, dict[str, str]],
 ) -> list[tuple[str, pd.DataFrame]]:
     """(title, table): the paper's table beside ours, where it has one, and last our own."""
+    if summary.empty:
+        return [("No score was computed", table.without_scores(pictures, facts))]
+
     tables = []
     pairs = {name: fact["human pairs"] for name, fact in facts.items()}
     beside_paper = paper.table(s.preset, summary, pairs)
@@ -274,26 +307,32 @@ def write_tables(
     facts: dict[str, dict[str, str]],
     notes: list[str],
     versions: list[str],
-) -> str:
-    """table.md for people, which is also returned, and table.csv for programs."""
+) -> None:
+    """table.md for people, and table.csv for programs."""
     folder = Path(s.run) / "eval"
     parts = [f"{table.plain(title)}\n\n{table.markdown(each)}" for title, each in tables]
     text = "\n".join(parts)
     lines = "".join(f"- {table.plain(note)}\n" for note in notes)
     write_text(f"{text}\n{lines}", folder / "table.md")
 
-    csv = table.for_programs(summary, facts, paper.numbers(s.preset), versions)
-    write_text(csv.to_csv(index=False, float_format="%.6g"), folder / "table.csv")
-    return text
+    csv = tables[-1][1]
+    if not summary.empty:
+        csv = table.for_programs(summary, facts, paper.numbers(s.preset), versions)
+    write_text(table.as_csv(csv), folder / "table.csv")
 
 
-def judges_of(run: Path) -> list[dict]:
-    """judge.json of all rounds, in their order."""
+def judges_of(s: Settings) -> list[dict]:
+    """judge.json of all rounds that have a readable one, in their order."""
     judges = []
-    for path in run.glob("iter*/judge.json"):
-        judge = json.loads(path.read_text())
-        judges.append(judge | {"round": int(path.parent.name.removeprefix("iter"))})
-    return sorted(judges, key=lambda judge: judge["round"])
+    for k in range(1, s.iters + 1):
+        path = Path(s.run) / f"iter{k}" / "judge.json"
+        judge = walk.read_judge(path)
+        if judge:
+            judges.append({"model": k - 1} | judge | {"round": k})
+        elif path.exists():
+            print(f"{path} cannot be read and is left out; delete {path.parent}/pairs.parquet, and "
+                  f"03_rank.py --iter {k} makes both again")
+    return judges
 
 
 def draw_figures(
@@ -303,18 +342,22 @@ def draw_figures(
     pictures: pd.DataFrame,
     judges: list[dict],
 ) -> list[tuple[str, str]]:
-    """curves.png and samples.png; returns (caption, path) of these and of the stages' previews."""
+    """samples.png and curves.png; returns (caption, path) of these and of the stages' previews."""
     run, folder = Path(s.run), Path(s.run) / "eval"
-    steps = [name for name, where in compared.items() if isinstance(where, int)]
-    measured = [judge for judge in judges if judge["pairs"]]
-    curves.curves(summary, scores.names_of(s), steps, measured, folder / "curves.png")
     sheets.sample_sheet(run, pictures, folder / "samples.png")
 
-    figures = [("each score over the rounds", "eval/curves.png"),
-               ("the same prompts and noise", "eval/samples.png"),
-               ("seed pairs", "seed/preview.png")]
-    for judge in judges:
-        k = judge["round"]
+    # Without scores the only curves are those of the training, which the walk has drawn.
+    steps = [name for name, where in compared.items() if isinstance(where, int)]
+    measured = [judge for judge in judges if judge["pairs"]]
+    if summary.empty:
+        (folder / "curves.png").unlink(missing_ok=True)
+    else:
+        curves.curves(summary, scores.names_of(s), steps, measured, folder / "curves.png")
+
+    figures = [("the same prompts and noise", "eval/samples.png"),
+               ("each score over the rounds", "eval/curves.png"),
+               ("human pairs", "seed/preview.png")]
+    for k in range(1, s.iters + 1):
         figures.append((f"round {k}: the model's own best and worst", f"iter{k}/preview.png"))
     return [(caption, path) for caption, path in figures if (run / path).exists()]
 
@@ -329,31 +372,77 @@ def write_results(
     run, folder = Path(s.run), Path(s.run) / "eval"
     summary = table.summarise(pictures, scores.names_of(s), "base", "Iter0")
     facts = facts_of_rows(s, compared)
-    tables = tables_of(s, summary, facts)
+    tables = tables_of(s, pictures, summary, facts)
     _, own_table = tables[-1]
 
     elsewhere = {name: where for name, where in compared.items() if isinstance(where, str)}
     made_with = replace(s, dtype=str(models.dtype_of(s)))
-    notes = table.notes(made_with, environment(), pictures, versions, elsewhere)
+    begun_at = json.loads((run / "config.json").read_text()).get("commit")
+    notes = table.notes(made_with, environment(), begun_at, pictures, versions, elsewhere)
     notes += notes_on_code(s, compared)
-    text = write_tables(s, tables, summary, facts, notes, versions)
+    write_tables(s, tables, summary, facts, notes, versions)
 
-    figures = draw_figures(s, compared, summary, pictures, judges_of(run))
+    judges = judges_of(s)
+    figures = draw_figures(s, compared, summary, pictures, judges)
+    sentences = what_was_learned(s, compared, pictures, summary, facts, judges)
     story = walk.tell(s, pictures, own_table)
     if story:
         write_text(walk.as_markdown(story), folder / "walk.md")
-    page.write_page(run, tables, pictures, f"SAIL: {run.name}", notes, figures, story)
+    names = scores.names_of(s)
+    page.write_page(run, tables, table.with_first(names, pictures), f"SAIL: {run.name}", notes,
+                    figures, story, sentences, words.meanings(names),
+                    training=words.training_of(s) if story else "")
     tracking.log_evaluation(s, summary, folder / "samples.png")
 
+    # For the screen: the main columns, what it took, and what to make of it.
+    if not summary.empty:
+        print("", table.for_terminal(summary, scores.names_of(s), facts), sep="\n")
     cost = table.cost(run).drop(columns=["peak_memory_bytes", "device"])
-    print("", text, cost.round(1).to_string(index=False), sep="\n")
-    print(f"05 eval: {folder}/table.md, curves.png, samples.png, walk.md; open {folder}/index.html")
+    print("", cost.round(1).to_string(index=False), "", sep="\n")
+    made = ["table.md", "samples.png", "curves.png", "walk.md"]
+    made = [name for name in made if (folder / name).exists()]
+    print(f"05 eval: {words.near(folder)}: {', '.join(made)}")
+    for sentence in sentences:
+        print(sentence)
+    further = f"; try {words.next_command(s)}" if story else ""
+    print(f"next: open {words.near(folder / 'index.html')}{further}")
+
+
+def what_was_learned(
+    s: Settings,
+    compared: dict[str, int | str],
+    pictures: pd.DataFrame,
+    summary: pd.DataFrame,
+    facts: dict[str, dict[str, str]],
+    judges: list[dict],
+) -> list[str]:
+    """Sentences on the run's last model: its gain over the base, its losses, and its judge."""
+    models_of_run = [name for name, where in compared.items() if isinstance(where, int)]
+    if summary.empty or not models_of_run:
+        return []
+    last = models_of_run[-1]
+    labels = facts[last]["human pairs"]
+    sentences = words.learned(summary, scores.names_of(s)[0], last, labels)
+
+    # The embedded world's oracle tells skills too (light, cleanness, ...): parts of the aesthetics.
+    skills = pictures.columns.drop([*table.KEYS, *scores.names_of(s)])
+    of_skills = table.summarise(pictures, list(skills), "base", "Iter0")
+    sentences.append(words.lost(pd.concat([summary, of_skills]), last))
+
+    # Every round rests on the first judge, Iter0.
+    if judges:
+        _, sentence = verdict(judges[0])
+        sentences.append(sentence[0].upper() + sentence[1:])
+    return [sentence for sentence in sentences if sentence]
 
 
 def main(argv: list[str]) -> None:
     # With --preset a folder may be made here, to compare models alone.
     is_new = any(argument.startswith("--preset") for argument in argv)
     s, stage = load(argv, __doc__, ARGUMENTS, create=is_new)
+    check_folder(s)
+    if is_main():
+        begin(s.run, __file__)
     compared = rows_of_table(s, stage)
 
     with Ledger(s.run, "05_eval", None, str(models.device_of(s))) as ledger:
@@ -364,6 +453,8 @@ def main(argv: list[str]) -> None:
         jobs = {}
         for name, where in compared.items():
             jobs[name] = jobs_of_row(s, name, where, of_eval)
+        prompts_painted = [] if of_eval is None else of_eval.prompt.tolist()
+        s = scores.with_scores_at_hand(s, prompts_painted)
 
         # compute: pictures and scores that are there already are kept
         scores.paint_rows(s, compared, jobs, ledger)
@@ -371,7 +462,6 @@ def main(argv: list[str]) -> None:
 
     # write
     if is_main():
-        keep_code(s.run, __file__)
         pictures = collect(results, of_eval, Path(stage.images).stem)
         write_table(pictures, Path(s.run) / "eval" / "scores.parquet")
         if not stage.scores_only:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.run import is_main, seed_of
+from lib.run import PICTURE_FORMATS, is_main, seed_of
 from lib.settings import Settings
 
 # What stands on the x axis of each group of curves.
@@ -78,7 +78,7 @@ def log(tracker, group: str, values: dict[str, float], x: int, sheet: Path | Non
 def log_sheet(tracker, name: str, sheet: Path, step: int | None) -> None:
     """A sheet of pictures at a step."""
     from PIL import Image
-    with Image.open(sheet) as picture:
+    with Image.open(sheet, formats=PICTURE_FORMATS) as picture:
         pixels = np.asarray(picture.convert("RGB"))
 
     # TensorBoard wants a batch (1, H, W, 3), wandb a list.
@@ -118,9 +118,9 @@ def log_evaluation(s: Settings, summary: pd.DataFrame, sheet: Path) -> None:
     tracker = start(s, "eval", 0)
     whole = summary[summary["style"] == ""]
     for k in range(s.iters + 1):
-        of_model = whole[whole["model"] == f"Iter{k}"]
-        names = of_model["benchmark"] + " " + of_model["score"]
-        means = dict(zip(names, of_model["mean"]))
+        means = {}
+        for row in whole[whole["model"] == f"Iter{k}"].to_dict("records"):
+            means[f"{row['benchmark']} {row['score']}"] = row["mean"]
         if means:
             log(tracker, "eval", means, k)
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from lib.eval import page
-from lib.eval.table import Cell
+from lib.eval.table import Cell, summarise
 from lib.run import UserError
 from lib.world import scenes
 from lib.world.captions import CAPTIONS, STYLES, parse, style_of
@@ -157,6 +157,11 @@ def write_story(run: Path, story: list[tuple]) -> str:
     return story_of(page.write_page(run, [], nothing, "a story", [], [], story))
 
 
+def place(run: Path) -> page.Place:
+    """A run's page at its usual place."""
+    return page.Place(run, run / "eval/index.html")
+
+
 # ---- the gallery, without a browser ----
 
 def test_every_picture_and_score_comes_back(tmp_path):
@@ -216,7 +221,7 @@ def test_seeds_pair_up(tmp_path):
         lines.append((model, "b", None, prompt_id, prompt, seed, image, float(i)))
     scores = pd.DataFrame(lines, columns=[*page.KEYS, "s"])
 
-    rows = page.gallery(tmp_path, scores)["rows"]
+    rows = page.gallery(place(tmp_path), scores)["rows"]
     numbers = [[cell and cell[2] for cell in row[4]] for row in rows]
     assert numbers == [[0, None, 4], [1, 3, 5], [2, None, None]]
     assert rows[0][4][0][1] == "1"
@@ -225,7 +230,7 @@ def test_seeds_pair_up(tmp_path):
 
 def test_addresses(tmp_path):
     def address(image: str) -> str:
-        return page._address(tmp_path, image, page.SCORES, 7)
+        return page._address(place(tmp_path), image, page.SCORES, 7)
 
     assert address("eval/images/a b/#1?%.png") == "images/a%20b/%231%3F%25.png"
     assert address("iter1/images/x.png") == "../iter1/images/x.png"
@@ -240,7 +245,7 @@ def test_a_path_that_leaves_the_run_is_told_by_its_row(tmp_path):
     scores = example(tmp_path, ["one prompt"], models=["base", "Iter0"])
     scores.loc[1, "image"] = "../x.png"
     with pytest.raises(UserError, match="scores.parquet, row 2: '../x.png' leaves"):
-        page.gallery(tmp_path, scores)
+        page.gallery(place(tmp_path), scores)
     with pytest.raises(UserError, match="the page's sheets, row 1: '../x.png' leaves"):
         page.write_page(tmp_path, [], scores[:1], "title", [], [("caption", "../x.png")])
 
@@ -362,7 +367,7 @@ def example_story(run: Path, scores: pd.DataFrame) -> list[tuple]:
         "prompt": ["1girl", "a blue ring", HOSTILE[0], "a very long prompt, " * 12],
         "margin": [Cell("+0.412 [+0.2, +0.6]", 1), Cell("-0.2", -1), Cell("0"), Cell("")],
     })
-    for t in (78, 211, 402, 516, 655, 739, 804, 951):
+    for t in (78, 163, 211, 308, 402, 516, 655, 699, 739, 804, 889, 951):
         draws[f"reward at t = {t}"] = [.123456 * t, -.5, 0, 1]
     return [
         ("text", "A run begins with a base model and a few human pairs. " * 4),
@@ -397,7 +402,8 @@ def small(tmp_path_factory) -> Path:
     sheets = [("Scores over the iterations; bands are 95% intervals.", "eval/curves.png"),
               ("A preview sheet.", scores["image"][3])]
     return page.write_page(run, tables, scores, "SAIL in the embedded world", notes, sheets,
-                           example_story(run, scores))
+                           example_story(run, scores), ["Iter3 beats base <b>", "It costs"],
+                           {"base": "the model before any <b>"}, "alpha 0.25, run seed 0")
 
 
 # How many pictures of the gallery are in view and have not come.
@@ -624,6 +630,7 @@ def test_many(browser, tmp_path):
     writing = time.perf_counter() - start
     loading = browser.open(path)
     acts = {
+        "all rows": seconds("more.click()"),
         "search": set_seconds("search", "star"),
         "all again": set_seconds("search", ""),
         "order": set_seconds("order", "gain 4"),
@@ -636,6 +643,50 @@ def test_many(browser, tmp_path):
     assert max(acts.values()) < 1
     assert browser.js("document.querySelectorAll('.row').length") < 20
     assert browser.js("drawn.has(shown.length - 1)")
+    assert not browser.faults()
+
+
+def test_the_page_tells_the_tables_win_rate(browser, tmp_path):
+    """Of prompts, by the mean of their pictures: here 2 of 3, where of pictures it is 2 of 6."""
+    gains = {0: (.3, -.1), 1: (.3, -.1), 2: (-.1, -.3)}
+    scores = example(tmp_path, CAPTIONS[:3], models=["base", "Iter0"], seeds=(0, 1))
+    scores = scores.drop(columns=NAMES).assign(utility=1., benchmark="world")
+    for prompt_id, of_pictures in gains.items():
+        for seed, gain in enumerate(of_pictures):
+            chosen = (scores["prompt_id"] == prompt_id) & (scores["seed"] == seed)
+            scores.loc[chosen & (scores["model"] == "Iter0"), "utility"] += gain
+
+    summary = summarise(scores, ["utility"], "base", "Iter0")
+    rate = summary[(summary["model"] == "Iter0") & (summary["style"] == "")].win_rate.iloc[0]
+    path = page.write_page(tmp_path, [], scores, "two pictures", [], [])
+    browser.open(path)
+    means = browser.js("document.getElementById('means').textContent")
+    assert rate == pytest.approx(2 / 3)
+    assert "wins 67%" in means
+    assert "3 of 3 prompts" in means
+    assert not browser.faults()
+
+
+def test_what_was_found_stands_first_and_names_are_explained(browser, small):
+    """Sentences, the table, pictures; then the rest, which a long list of prompts does not hide."""
+    browser.open(small, 1440)
+    order = browser.js("[...document.querySelectorAll('main > *')].map(part => part.id)")
+    assert order == ["", "table", "prompts", "sheets", "story", "notes"]
+    assert browser.js("sentences.innerText").split("\n")[0] == "Iter3 beats base <b>."
+    assert browser.js("training.textContent") == "alpha 0.25, run seed 0"
+    assert browser.js("document.querySelector('dl').textContent").startswith("basethe model before")
+    assert browser.js("document.querySelector('#table td').title") == "the model before any <b>"
+
+    # A box that is narrower than its table has a shadow at the edge, under whatever covers it.
+    boxes = browser.js("[...document.querySelectorAll('#table .scroll')].map("
+                       "box => getComputedStyle(box).backgroundImage.split('gradient').length)")
+    assert boxes == [5, 5]
+
+    few = browser.js("count()")
+    assert few == 6 < browser.js("shown.length")
+    browser.click("#more")
+    assert browser.js("count() === shown.length")
+    assert browser.js("document.getElementById('more').hidden")
     assert not browser.faults()
 
 
@@ -658,7 +709,7 @@ def test_without_content_only_the_prompts_section_is_shown(browser, tmp_path):
     browser.open(path)
     header, *sections = browser.js(heights_of("main > *"))
     assert header > 0
-    assert [height > 0 for height in sections] == [False, False, False, False, True]
+    assert [height > 0 for height in sections] == [False, True, False, False, False]
     links = browser.js(heights_of("nav a"))
-    assert [height > 0 for height in links] == [False, False, False, False, True]
+    assert [height > 0 for height in links] == [False, True, False, False, False]
     assert not browser.faults()

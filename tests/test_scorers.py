@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,10 @@ from official import (import_hpsv2, random_hpsv2, random_imagereward, sized_hpsv
 from PIL import Image
 from safetensors.torch import save_file
 
-from lib.eval import scorers
+from lib.eval import scorers, scores
 from lib.eval.scorers import load_scorer, version
-from lib.run import UserError
+from lib.run import UserError, open_image
+from lib.settings import Settings
 
 HEAD = SHARED_DATA / "sac+logos+ava1-l14-linearMSE.pth"
 FULL_BLIP_VISION = scorers.BLIP_VISION
@@ -115,14 +117,19 @@ def clip_tower(x, w, name: str, heads: int, activation, causal: bool):
     return x
 
 
-def clip_image(image: Image.Image, w, heads: int, activation):
-    """An image's features (D,), at length 1."""
-    image = image.convert("RGB")
+def clip_image(image: Image.Image, w, heads: int, activation, of_openai: bool = False):
+    """An image's features (D,), at length 1.
+
+    transformers makes it RGB first; OpenAI's CLIP resizes it as it is, and rounds the crop's place.
+    """
+    if not of_openai:
+        image = image.convert("RGB")
     width, height = [int(224 * side / min(image.size)) for side in image.size]
-    left = (width - 224) // 2
-    top = (height - 224) // 2
+    left, top = (width - 224) // 2, (height - 224) // 2
+    if of_openai:
+        left, top = round((width - 224) / 2), round((height - 224) / 2)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    crop = image.crop((left, top, left + 224, top + 224))
+    crop = image.crop((left, top, left + 224, top + 224)).convert("RGB")
     mean = [.48145466, .4578275, .40821073]
     std = [.26862954, .26130258, .27577711]
     pixels = torch.tensor((np.asarray(crop) / 255 - mean) / std).permute(2, 0, 1)
@@ -238,6 +245,44 @@ def test_imagereward_equals_the_package(imagereward):
     assert_equal(load_scorer("imagereward", str(folder))(prompts, images), expected, 1e-5)
 
 
+@pytest.fixture
+def pictures_of_all_kinds(tmp_path) -> list[Path]:
+    """Files in every mode in which people's pictures come."""
+    paths = []
+    for i, (mode, ending) in enumerate([("P", "png"), ("RGBA", "png"), ("LA", "png"), ("L", "png"),
+                                        ("1", "png"), ("CMYK", "jpg"), ("P", "gif")]):
+        picture = waves(160 + 7 * i, 170, "RGB").convert("RGBA" if "A" in mode else "RGB")
+        if "A" in mode:
+            picture.putalpha(waves(160 + 7 * i, 170, "L"))
+        paths.append(tmp_path / f"{i}.{ending}")
+        picture.convert(mode).save(paths[-1])
+    return paths
+
+
+def test_stage_05_hands_a_picture_over_as_the_official_code_opens_it(imagereward, aesthetics,
+                                                                     pictures_of_all_kinds):
+    """From the file to the score; in palettes and alpha it matters when a picture becomes RGB."""
+    folder, official = imagereward
+    run = pictures_of_all_kinds[0].parent
+    jobs = pd.DataFrame({"image": [path.name for path in pictures_of_all_kinds],
+                         "prompt": PROMPTS[0]})
+    s = Settings(run=str(run), device="cpu", scores="imagereward",
+                 score_weights=f"imagereward={folder}")
+    ours = scores.score_chunk(s, scores.load_score(s, "imagereward"), jobs)
+    with torch.no_grad():
+        theirs = [official.score(PROMPTS[0], str(path)) for path in pictures_of_all_kinds]
+    assert_equal(ours.imagereward, theirs, 1e-5)
+
+    # Aesthetics, whose code is a snippet, by the pixels that CLIP gets.
+    for path, job in zip(pictures_of_all_kinds, jobs.image):
+        opened = open_image(run / job, run, 1, mode="")
+        with Image.open(path) as picture:
+            picture.load()
+            assert opened.mode == picture.mode
+            assert torch.equal(scorers.cropped_pixels(opened, 224),
+                               scorers.cropped_pixels(picture, 224))
+
+
 def test_full_size_hpsv2_has_the_weights_of_the_package(hpsv2, monkeypatch):
     """Without a byte of them: on the meta device, where a tensor is only its shape."""
     theirs = importlib.import_module("hpsv2.src.open_clip")
@@ -309,7 +354,7 @@ def test_aesthetics_equals_its_formula_with_the_real_head(aesthetics):
         head[key] = value.double()
     expected = []
     for image in PICTURES:
-        x = clip_image(image, w, 2, quick_gelu)
+        x = clip_image(image, w, 2, quick_gelu, of_openai=True)
         for i in (0, 2, 4, 6, 7):
             x = head[f"layers.{i}.weight"] @ x + head[f"layers.{i}.bias"]
         expected.append(x.item())

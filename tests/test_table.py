@@ -1,21 +1,27 @@
 """The evaluation's numbers and what is drawn of them: intervals, table, curves and sheets."""
 
+import csv
+import io
+import json
+import re
+import shlex
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, stage
+from conftest import ROOT, call, refused, settings_of, stage
 from PIL import Image
 
 from lib import sheets
-from lib.eval import paper, table
+from lib.eval import compare, paper, table, words
 from lib.eval.curves import curves
 from lib.intervals import bootstrap, resamples, wilson
-from lib.run import UserError
-from lib.settings import PRESETS, Settings
+from lib.run import UserError, write_json
+from lib.settings import PRESETS, Settings, build_parser
 
 PAPERS_TABLE1 = ROOT.parent / "shared/data/paper_table1.csv"
 STEPS = ["base", "Iter0", "Iter1"]
@@ -136,12 +142,13 @@ def test_a_gain_is_clear_if_its_interval_as_printed_excludes_zero(gain, low, hig
 
 def test_the_readable_table_has_a_row_per_model_and_signs_for_gains_only():
     facts = {"base": {"human pairs": "0", "minutes": ""}, "Iter1": {"human pairs": "50"}}
-    shown = table.readable(summary_of(example(), "imagereward", "pickscore"),
-                           ["imagereward", "pickscore"], facts)
+    shown = table.readable(summary_of(example(), "pickscore", "imagereward"),
+                           ["pickscore", "imagereward"], facts)
     assert shown.columns.tolist() == [                # no empty minutes, no single benchmark
-        "model", "human pairs", "prompts", "imagereward", "pickscore",
-        "imagereward: gain over base", "pickscore: gain over base", "pickscore: over Iter0",
-        "imagereward: wins over base", "pickscore: wins over base"]
+        "model", "human pairs", "prompts",
+        "pickscore", "pickscore: gain over base", "pickscore: over Iter0",
+        "pickscore: wins over base",
+        "imagereward", "imagereward: gain over base", "imagereward: wins over base"]
     assert shown["model"].tolist() == ["base", "Iter0", "Iter1", "DiffusionDPO"]
     assert shown["human pairs"].tolist() == ["0", "", "50", ""]
     assert shown["prompts"].tolist() == ["60", "60", "60", "50"]
@@ -159,12 +166,342 @@ def test_markdown_is_one_line_a_row_whatever_the_text():
                                      "| +1 | x &amp; y |\n")
 
 
+# Texts that come from data, each of which something takes for more than text.
+HOSTILE = ["=2+2", "+1|x", "-1", "@SUM(A1)", "\t=1", "\r=1", "a\\|b", "<img src=x>", "`code|`", "*",
+           "![a](http://example.org/a.png)", "[a](http://example.org)", "[a][b]", "[a]: http://x"]
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of a Markdown table, with what a backslash stands before as it is."""
+    cells, escaped = [""], False
+    for letter in line.strip():
+        if letter == "|" and not escaped:
+            cells.append("")
+        elif letter == "\\" and not escaped:
+            escaped = True
+            continue
+        else:
+            cells[-1] += letter
+        escaped = False
+    return [cell.strip() for cell in cells[1:-1]]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_from_data_is_text_in_markdown_and_in_spreadsheets(text):
+    line = " ".join(text.split())
+    written = table.markdown(pd.DataFrame({"model": [text], "n": [1]})).splitlines()[-1]
+    assert cells_of(written) == [line.replace("<", "&lt;").replace(">", "&gt;"), "1"]
+    assert not re.search(r"\][(\[:]|<|(?<!\\)[`*]", written)
+
+    scores = example(4).assign(style=text).replace({"model": {"Iter1": text}})
+    frame = table.for_programs(summary_of(scores, "pickscore"), {text: {"human pairs": text}}, {},
+                               [text])
+    lines = list(csv.reader(io.StringIO(table.as_csv(frame), newline="")))
+    cells = [cell for line in lines[1:] for cell in line if not re.fullmatch(r"-?[\d.e-]+", cell)]
+    assert not [cell for cell in cells if re.match(r"\s*[=+\-@]", cell)]
+    assert text.replace("\t", " ").replace("\r", " ") in [cell.removeprefix("'") for cell in cells]
+
+
+def test_the_screens_table_has_the_main_columns_and_fits():
+    scores = example().assign(aesthetics=5., hpsv2=27.).replace(
+        {"model": {"DiffusionDPO": "a name \x1b[31mthat is long enough for two lines"}})
+    scores = pd.concat([scores, scores.assign(benchmark="parti")])
+    names = ["pickscore", "imagereward", "aesthetics", "hpsv2"]
+    facts = {"Iter1": {"human pairs": "50000 + the start's"}}
+    summary = summary_of(scores, *names)
+    text = table.for_terminal(summary, names, facts)
+    assert max(map(len, text.splitlines())) <= 100
+    assert len(text.splitlines()) == 1 + 2 * 4
+    assert "\x1b" not in text
+
+    short = table.for_terminal(summary[summary.benchmark == "parti"], names[:2], {})
+    head, *_, line, _ = short.splitlines()
+    gain = table._gain(summary[summary.model == "Iter1"].iloc[0], "gain")
+    assert head.split() == ["model", "pickscore", "over", "base", "over", "Iter0", "wins",
+                            "imagereward"]
+    assert str(gain) in line
+
+
+@pytest.mark.parametrize("begun_at, told", [
+    ("abc", "code abc, "),
+    ("def", "code def (the run), abc (this evaluation), "),
+])
+def test_the_notes_tell_the_code_of_the_run_and_that_of_its_evaluation(begun_at, told):
+    made = {"commit": "abc", "versions": {}, "hardware": {"cpu": "fast"}}
+    *_, last = table.notes(Settings(), made, begun_at, example(2), [], {})
+    assert last == f"{told}cpu fast"
+
+
+@pytest.mark.parametrize("gain, low, high, told", [
+    (.523, .501, .546, "Iter3 beats base by 0.523 utility [0.501, 0.546] on 240 unseen prompts"),
+    (-.1, -.2, -.01, "Iter3 does not beat base: -0.100 utility [-0.200, -0.010] on 240"),
+    (.01, -.02, .04, "Iter3 cannot be told from base: +0.010 utility [-0.020, +0.040] on 240"),
+])
+def test_what_was_learned_is_told_in_a_sentence(gain, low, high, told):
+    row = {"model": "Iter3", "benchmark": "world", "style": "", "score": "utility", "prompts": 240,
+           "gain": gain, "gain_low": low, "gain_high": high}
+    summary = pd.DataFrame([row, row | {"model": "base", "gain": np.nan}])
+    sentence, = words.learned(summary, "utility", "Iter3", "128")
+    assert sentence.startswith(told)
+    assert sentence.endswith("with 128 human pairs")
+
+    loss = "What Iter3 has lost: utility falls by 0.100 [0.010, 0.200]"
+    assert words.lost(summary, "Iter3") == (loss if high < 0 else "")
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run folder with Iter0 and Iter3 (the base's weights, which will do here), for stage 05."""
     for k in (0, 3):
         shutil.copytree(ROOT / "lib/world/base/unet", tmp_path / f"run/iter{k}/unet")
     return tmp_path / "run"
+
+
+SMALL = ["--preset=tiny", "--eval-count=4", "--eval-seeds=1", "--sample-steps=2", "--device=cpu"]
+
+
+def evaluate(run: Path, *more: str) -> pd.DataFrame:
+    """Stage 05 on a run folder -> the scores of all pictures."""
+    assert call("05", run, *SMALL, *more) is None
+    return pd.read_parquet(run / "eval/scores.parquet")
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory) -> Path:
+    """A folder of base and Iter0, evaluated, to be read only."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    shutil.copytree(ROOT / "lib/world/base/unet", run / "iter0/unet")
+    evaluate(run)
+    return run
+
+
+@pytest.fixture
+def evaluated(two_models, tmp_path) -> Path:
+    """The same to change or break."""
+    return shutil.copytree(two_models, tmp_path / "evaluated")
+
+
+def models_in(run: Path) -> list[str]:
+    """The models that the written table has."""
+    lines = (run / "eval/table.md").read_text().splitlines()
+    return [cells_of(line)[0] for line in lines if line.startswith("|")][2:]
+
+
+def test_a_row_stays_in_the_table_until_it_is_dropped(evaluated, capsys, monkeypatch):
+    moving = evaluated.parent / "moving"
+    shutil.copytree(evaluated / "iter0/unet", moving)
+    monkeypatch.chdir(evaluated.parent)
+    evaluate(evaluated, "--row", "further=extrapolate:Iter0:2", "--row", "moved=moving",
+             "--row", "gone=" + str(shutil.copytree(moving, evaluated.parent / "gone")))
+
+    # From another working folder. One that is gone costs only itself; how to forget it is told.
+    monkeypatch.chdir(ROOT)
+    shutil.rmtree(evaluated.parent / "gone")
+    capsys.readouterr()
+    evaluate(evaluated, "--drop", "further")
+    assert models_in(evaluated) == ["base", "Iter0", "moved"]
+    out = capsys.readouterr().out
+    assert out.count("is left out: ") == 1
+    assert "row gone is left out: " in out
+    assert "(--drop gone forgets it)" in out
+    evaluate(evaluated, "--drop", "gone", "--drop", "moved")
+    assert models_in(evaluated) == ["base", "Iter0"]
+    refused(call("05", evaluated, "--drop", "moved"), "--drop moved", "no such row")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\nb", "\udcff"])
+def test_a_row_with_a_name_that_no_table_can_show_is_refused(run, name):
+    message = call("05", run, *SMALL, "--row", f"{name}=extrapolate:Iter0:2")
+    refused(message, "--row", "at most 60 characters")
+    message.encode()
+
+
+# What may have happened to a file that this stage has made, or reads: how it is broken, and what
+# must be said when the stage runs again.
+def garbage(path: Path) -> None:
+    path.write_bytes(b"garbage")
+
+
+def texts(path: Path) -> None:
+    pd.read_parquet(path).assign(utility="high").to_parquet(path)
+
+
+def left_chunks(path: Path) -> None:
+    path.with_suffix("").mkdir()
+    shutil.copy(path, path.with_suffix("") / "000000.parquet")
+
+
+# What befell at once; a round's judge.json is the door of three kinds.
+CRASHES = [
+    [
+        ("eval/scores/base-*/*.parquet", garbage, ""),
+        ("eval/scores/Iter0-*/*.parquet", texts, ""),
+        ("eval/rows.json", garbage, "rows.json cannot be read and is begun anew"),
+        ("iter1/judge.json", garbage, "iter1/judge.json cannot be read and is left out; delete"),
+        ("iter2/judge.json", lambda path: path.write_text('{"pairs": [1], "low": "x"}'),
+         "iter2/judge.json cannot be read"),
+        ("iter3/judge.json", lambda path: path.write_text("[" * 100_000),
+         "iter3/judge.json cannot be read"),
+        ("seed/people.json", lambda path: path.write_text("3"), ""),
+        ("seed/holdout.parquet", garbage, ""),
+        ("iter0/train_log.parquet", garbage, ""),
+    ],
+    [
+        ("eval/scores/base-*/*.parquet", left_chunks, ""),
+        ("eval/scores/Iter0-*/*.parquet", lambda path: path.unlink(), ""),
+        ("eval/images/Iter0-*/*_0.png", lambda path: path.write_bytes(b""), ""),
+    ],
+]
+
+
+def test_damaged_files_are_made_again_or_named(evaluated, capsys):
+    whole = pd.read_parquet(evaluated / "eval/scores.parquet")
+    for faults in CRASHES:
+        for pattern, damage, _ in faults:
+            for path in sorted(evaluated.glob(pattern)) or [evaluated / pattern]:
+                path.parent.mkdir(exist_ok=True)
+                damage(path)
+
+        capsys.readouterr()
+        pd.testing.assert_frame_equal(evaluate(evaluated), whole)
+        out = capsys.readouterr().out
+        for _, _, told in faults:
+            assert told in out
+        left = [path for path in (evaluated / "eval/scores").glob("*/*") if path.is_dir()]
+        assert left == []
+
+
+def test_a_file_in_the_place_of_the_results_is_refused(run):
+    (run / "eval").write_text("mine")
+    refused(call("05", run, *SMALL), "eval", "is a file", "move it away")
+
+
+def test_without_scores_pictures_and_page_are_made_all_the_same(mini_copy, capsys, monkeypatch):
+    """None is asked for, or one cannot be had: then the remedy is told."""
+    from lib.eval import scorers
+
+    def not_there(source: str, file: str):
+        raise UserError(f"{file} cannot be downloaded: give its folder")
+
+    monkeypatch.setattr(scorers, "fetch", not_there)
+    folder = mini_copy / "eval"
+    before = pd.read_parquet(folder / "scores.parquet")
+    for wanted, said in (("none", ""), ("pickscore,aesthetics", "cannot be downloaded")):
+        for name in ("index.html", "samples.png", "table.md", "walk.md"):
+            (folder / name).unlink()
+        capsys.readouterr()
+        assert call("05", mini_copy, "--scores", wanted) is None
+        out = capsys.readouterr().out
+        assert out.count("is left out: ") == len(wanted.split(",")) - (wanted == "none")
+        assert said in out
+
+        after = pd.read_parquet(folder / "scores.parquet")
+        assert after.columns.tolist() == table.KEYS
+        assert after["image"].tolist() == before["image"].tolist()
+        assert not (folder / "curves.png").exists()
+        assert 'src="walk/iter1.png"' in (folder / "walk.md").read_text()
+        assert "walk/iter1.png" in (folder / "index.html").read_text()
+        assert "| Iter2 | 8 |" in (folder / "table.md").read_text()
+
+    # Scores belong to the evaluation: they may be asked for again at any time.
+    assert call("05", mini_copy, "--scores", "world") is None
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "scores.parquet"), before)
+
+
+def test_the_last_lines_tell_what_was_learned_and_a_command_that_works(mini, capsys, tmp_path):
+    shutil.copytree(mini, tmp_path / "a run")
+    assert call("05", tmp_path / "a run") is None
+    *_, learned, judge, last = [line for line in capsys.readouterr().out.splitlines()
+                                if not line.startswith("What")]
+    assert re.match(r"Iter2 .* utility \[.*\] on 8 unseen prompts, with 8 human pairs$", learned)
+    assert "of 6 held-out pairs" in judge
+
+    opening, command = last.split("; try ")
+    page, = shlex.split(opening.removeprefix("next: open "))
+    assert Path(page) == tmp_path / "a run/eval/index.html"
+    program, preset, *given = shlex.split(command)
+    assert program == "./run_sail.sh"
+    s = settings_of(mini)
+    other = PRESETS[preset] | vars(build_parser("").parse_args(given))
+    differ = {name for name, value in asdict(s).items() if other[name] != value}
+    assert differ - {"run", "micro_batch", "checkpoint_every"} == {"alpha"}
+
+    # Where that run is there already, the two are to be compared; from no mixup one goes back.
+    Path(other["run"]).mkdir()
+    assert words.next_command(replace(s, run=str(tmp_path / "a run"))).split()[1] == "compare"
+    without = replace(s, alpha=1., run=other["run"])
+    program, word, *runs = shlex.split(words.next_command(without))
+    assert [word, *map(Path, runs)] == ["compare", Path(other["run"]), tmp_path / "a run"]
+    back = words.next_command(replace(s, alpha=1.))
+    assert "mini-mixup " in back
+    assert "--alpha" not in back
+
+
+# ---- two runs compared ----
+
+def test_two_runs_are_compared_prompt_by_prompt(mini, tmp_path, capsys):
+    other = shutil.copytree(mini, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["settings"] |= {"alpha": 1., "device": "cpu"}
+    write_json(config, other / "config.json")
+    (other / "code/03_rank.py").write_text("# edited\n")
+    scores = pd.read_parquet(other / "eval/scores.parquet")
+    noise = np.random.default_rng(0).normal(size=len(scores))
+    scores["utility"] += .1 + .01 * noise
+    scores["prompt_id"] += 1000                                    # numbers do not matter
+    scores[scores["prompt_id"] != scores["prompt_id"].iloc[0]].to_parquet(
+        other / "eval/scores.parquet")
+
+    compare.main([str(mini), str(other), "--out", str(tmp_path / "page.html")])
+    out = capsys.readouterr().out
+    place = ["prompt", "seed"]
+    mean = {}
+    for name, run in (("mini", mini), ("other", other)):
+        pictures = pd.read_parquet(run / "eval/scores.parquet").query("model == 'Iter2'")
+        mean[name] = pictures.set_index(place).utility
+    gains = (mean["other"] - mean["mini"]).dropna().groupby("prompt").mean()
+    assert len(gains) == 7
+    assert f"utility on 7 prompts of world: {gains.mean():+.3f} [" in out
+    assert re.search(r"alpha +0.25 +1.0", out)
+    assert "device" not in out
+    assert "03_rank.py" in out
+    assert "one run seed each" in out
+
+    text = (tmp_path / "page.html").read_text()
+    data = json.loads(re.search('type="application/json">(.*?)</script>', text).group(1))
+    assert data["models"] == ["mini", "other"]
+    assert data["scores"][0] == "utility"
+    assert len(data["rows"]) == 7 * 2
+    for row in data["rows"]:
+        for address, *_ in row[-1]:
+            assert (tmp_path / address).exists()
+
+
+@pytest.mark.parametrize("change, fault", [
+    (lambda run: (run / "config.json").unlink(), "no config.json"),
+    (lambda run: (run / "eval/scores.parquet").unlink(), "run 05_eval.py"),
+    (lambda run: replace_prompts(run), "no evaluation prompt in common"),
+    (lambda run: only_base(run), "without --only"),
+])
+def test_runs_that_cannot_be_compared_are_told_so(mini, tmp_path, change, fault):
+    other = tmp_path / "other"
+    (other / "eval").mkdir(parents=True)
+    for name in ("config.json", "eval/scores.parquet"):
+        shutil.copy(mini / name, other / name)
+    change(other)
+    with pytest.raises(UserError, match=fault) as caught:
+        compare.main([str(mini), str(other)])
+    assert "\n" not in str(caught.value)
+
+
+def replace_prompts(run: Path) -> None:
+    path = run / "eval/scores.parquet"
+    pd.read_parquet(path).assign(prompt="another").to_parquet(path)
+
+
+def only_base(run: Path) -> None:
+    path = run / "eval/scores.parquet"
+    pd.read_parquet(path).query("model == 'base'").to_parquet(path)
 
 
 def test_the_table_tells_data_cost_gains_and_versions(run):
@@ -357,12 +694,12 @@ def test_hostile_prompts_do_no_harm_to_sheets(tmp_path):
     assert Image.open(tmp_path / "sheet.png").size[0] > 300
 
 
-def test_a_picture_that_is_gone_is_told_by_its_row_from_1(tmp_path):
+def test_a_picture_that_is_gone_is_told_by_its_name(tmp_path):
     names = make_pictures(tmp_path, 4)
     (tmp_path / "3.png").unlink()
-    with pytest.raises(UserError, match="row 4: cannot read the image .*3.png"):
+    with pytest.raises(UserError, match="3.png: cannot read the image .*delete it"):
         sheets.read_pictures(tmp_path, names)
 
     pairs = pd.DataFrame({"prompt": "a star", "win": names[0::2], "lose": names[1::2]})
-    with pytest.raises(UserError, match="row 2: cannot read the image .*3.png"):
+    with pytest.raises(UserError, match="3.png: cannot read the image .*delete it"):
         sheets.pair_sheet(tmp_path, pairs, tmp_path / "sheet.png", ("winner", "loser"))

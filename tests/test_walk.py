@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from lib.eval import page, table, walk
@@ -124,10 +125,12 @@ def evaluate(run: Path, prompt: str = PROMPT,
         for prompt_id in (50, 51):
             image = f"eval/images/{model}/{prompt_id}.png"
             paint(run, image)
-            rows.append((model, "world", "plain", prompt_id, prompt, 7, image, .5, .5, 1 + m / 10))
-    names = ["alignment", "aesthetics", "utility"]
+            rows.append((model, "world", "plain", prompt_id, prompt, 7, image, 1 + m / 10, .5, .5))
+    names = ["utility", "alignment", "aesthetics"]
     pictures = pd.DataFrame(rows, columns=[*table.KEYS, *names])
-    pictures["cleanness"] = .9                                     # the world tells more than this
+
+    # The world tells more than that.
+    pictures["cleanness"] = .9 - .2 * (pictures["model"] == models[-1])
     summary = table.summarise(pictures, names, "base", "Iter0")
     return pictures, table.readable(summary, names, {})
 
@@ -338,6 +341,7 @@ def test_the_evaluation_says_what_the_table_says(s):
     assert "one picture of the same 2 prompts" in text
     assert "Iter2 against base in utility: +0.300 [+0.300, +0.300], a clear gain." in text
     assert "Against Iter0: +0.200 [+0.200, +0.200], a clear gain;" in text
+    assert "What Iter2 has lost: cleanness falls by 0.200 [0.200, 0.200]." in text
     assert "nothing of another run seed" in text
 
 
@@ -377,7 +381,7 @@ def test_a_short_training_has_no_running_mean(s):
 @pytest.mark.parametrize("steps", [1, 40, 2000])
 def test_figures_are_small(tmp_path, steps):
     log = make_log(tmp_path, 0, steps)
-    walk.draw_log(log, max(1, steps // 10), "dpo", tmp_path / "figure.png")
+    walk.draw_log(log, max(1, steps // 10), True, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as figure:
         assert max(figure.size) <= 1000
     assert (tmp_path / "figure.png").stat().st_size < 60_000
@@ -385,7 +389,7 @@ def test_figures_are_small(tmp_path, steps):
 
 def test_a_log_without_gains_is_drawn_too(tmp_path):
     log = make_log(tmp_path, 0).assign(win_error_gain=math.nan, lose_error_gain=math.nan)
-    walk.draw_log(log, 2, "mapo", tmp_path / "figure.png")
+    walk.draw_log(log, 2, False, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").exists()
 
 
@@ -484,6 +488,28 @@ def test_mapo_has_no_gains(s):
     assert "reference too" not in text
     assert "dashed line" not in text
     assert "nan" not in text
+
+
+@pytest.mark.parametrize("first_loss, code", [
+    (1., None),                                      # a hinge's, say
+    (float(np.log(2)), "return F.relu(1 - margin), margin"),
+])
+def test_an_edited_loss_is_not_told_as_the_papers(s, first_loss, code):
+    """Neither where the log shows it nor where only the code that the run keeps does."""
+    log = make_log(Path(s.run), 0)
+    log.loc[0, "loss"] = first_loss
+    write_table(log, Path(s.run) / "iter0/train_log.parquet")
+    (Path(s.run) / "code").mkdir()
+    shipped = (ROOT / "04_train_dpo.py").read_text()
+    kept = shipped.replace(walk.DPO_LOSS, code) if code else shipped
+    (Path(s.run) / "code/04_train_dpo.py").write_text(kept)
+
+    text = words(tell(s))
+    assert walk.DPO_LOSS in shipped
+    assert "is not the Diffusion-DPO of the paper" in text
+    assert "loss = -log sigmoid(margin)" not in text
+    assert "log 2" not in text
+    assert "Loss: " in text                          # what it was is told all the same
 
 
 def test_human_pairs_alone_have_no_candidates(s):

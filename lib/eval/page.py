@@ -1,4 +1,4 @@
-"""The page of an evaluation: the tables, the curves, how the run went, and every prompt's pictures.
+"""The page of an evaluation: the tables, every prompt's pictures, the curves, how the run went.
 
 It is one HTML file without network or framework. Its looks and its script are page.html, beside
 this file; here they are filled with what comes from the run. All of that is untrusted text: HTML is
@@ -14,8 +14,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import pandas as pd
@@ -34,13 +35,18 @@ STORY = Path("the page's story")
 
 # A cell that begins so is a number, perhaps with a sign, in brackets, or of several parts.
 NUMBER = re.compile(r"\s*\(?[+\-−]?\.?\d")
+
+# A number with its interval and perhaps more, which a cell shows below the number.
+WITH_INTERVAL = re.compile(r"(\S+) (\[.*)")
 GAIN_CLASS = {1: "up", 0: "", -1: "down"}
 
 
 def write_page(run: Path, tables: list[tuple[str, pd.DataFrame]], scores: pd.DataFrame,
                title: str, notes: list[str], sheets: list[tuple[str, str]],
-               story: Sequence[tuple] = ()) -> Path:
-    """Write `run`/eval/index.html and return its path.
+               story: Sequence[tuple] = (), sentences: Sequence[str] = (),
+               meanings: Mapping[str, str] = {}, training: str = "",
+               target: Path | None = None) -> Path:
+    """Write `run`/eval/index.html, or the file `target` inside `run`, and return its path.
 
     tables  (title, results), shown as they come: one line per row, strings and numbers unchanged;
             a table.Cell is coloured by its sign
@@ -55,21 +61,29 @@ def write_page(run: Path, tables: list[tuple[str, pd.DataFrame]], scores: pd.Dat
                 ("picture", image, caption)                 a figure, on a white card
                 ("pictures", [(image, caption), ...])       small pictures, side by side
                 ("table", table)                            a DataFrame, shown as results are
+    sentences   what was found, above the tables
+    meanings    what the names in the tables mean: on hover, and in a list below the tables
+    training    the settings of the run's training, below the title
 
     An image is a path relative to `run`; one that leaves the run folder is a UserError.
     """
+    target = Path(target or Path(run) / "eval" / "index.html")
+
     # What stands at each marker <!--name--> of the template.
     template = TEMPLATE.read_text(encoding="utf-8")
     parts = {
         "policy": _policy(template),
         "title": _text(title),
-        "tables": _tables(tables),
-        "sheets": _sheets(run, sheets),
-        "story": _story(run, story),
+        "training": _text(training),
+        "sentences": _sentences(sentences),
+        "tables": _tables(tables, meanings),
+        "meanings": _glossary(tables, meanings),
+        "sheets": _sheets(Place(run, target), sheets),
+        "story": _story(Place(run, target), story),
         "untold": "" if story else "hidden",
         "notes": _notes(notes),
         "folded": "" if len(notes) > MANY_NOTES else "open",
-        "data": _json(gallery(run, scores)),
+        "data": _json(gallery(Place(run, target), scores)),
     }
 
     # No part can hold the marker of another: "<" is escaped in all that comes from the run.
@@ -77,9 +91,14 @@ def write_page(run: Path, tables: list[tuple[str, pd.DataFrame]], scores: pd.Dat
     for name, part in parts.items():
         page = page.replace(f"<!--{name}-->", part)
 
-    target = Path(run) / "eval" / "index.html"
     write_text(page, target)
     return target
+
+
+class Place(NamedTuple):
+    """Where a page's pictures lie, in the folder `run`, and where the page itself lies."""
+    run: Path
+    page: Path
 
 
 def _policy(template: str) -> str:
@@ -91,7 +110,7 @@ def _policy(template: str) -> str:
 
 # ---- the gallery: what the page's script shows ----
 
-def gallery(run: Path, scores: pd.DataFrame) -> dict:
+def gallery(place: Place, scores: pd.DataFrame) -> dict:
     """What the page's script needs: names, and rows [benchmark, style, prompt_id, prompt, cells].
 
     Benchmark and style are indices into the lists of names; cells holds for each model [address,
@@ -124,7 +143,7 @@ def gallery(run: Path, scores: pd.DataFrame) -> dict:
             rows.append(row)
             rows_here.append(row)
 
-        address = _address(run, picture.image, SCORES, number)
+        address = _address(place, picture.image, SCORES, number)
         row[-1][model] = [address, seed] + [_rounded(value) for value in numbers]
 
     return {"models": models, "scores": list(map(str, names)), "benchmarks": benchmarks,
@@ -167,15 +186,38 @@ def _rounded(value: float) -> float | None:
 
 # ---- tables ----
 
-def _tables(tables: list[tuple[str, pd.DataFrame]]) -> str:
+def _tables(tables: list[tuple[str, pd.DataFrame]], meanings: Mapping[str, str]) -> str:
     """The results, each table below its title."""
     blocks = []
     for title, table in tables:
-        blocks.append(f'<p class="soft">{_text(title)}</p>{_table(table)}')
+        blocks.append(f'<p class="soft">{_text(title)}</p>{_table(table, meanings)}')
     return "\n".join(blocks)
 
 
-def _table(table: pd.DataFrame) -> str:
+def _sentences(sentences: Sequence[str]) -> str:
+    """Paragraphs of one sentence."""
+    return "\n".join(f"<p>{_text(sentence)}.</p>" for sentence in sentences)
+
+
+def _glossary(tables: list[tuple[str, pd.DataFrame]], meanings: Mapping[str, str]) -> str:
+    """The meanings of those names that the tables have, as a list of terms."""
+    used = {"[a, b]"}
+    for _, table in tables:
+        for name in table.columns:
+            used.update(str(name).split(": "))
+        if "model" in table:
+            used.update(map(str, table["model"]))
+    terms = [name for name in meanings if name in used]
+    return "\n".join(f"<dt>{_text(name)}</dt><dd>{_text(meanings[name])}</dd>" for name in terms)
+
+
+def _hint(name: str, meanings: Mapping[str, str]) -> str:
+    """The attribute that explains a name on hover; "score: gain" is explained part by part."""
+    parts = [meanings[part] for part in name.split(": ") if part in meanings]
+    return f' title="{_text("; ".join(parts))}"' if parts else ""
+
+
+def _table(table: pd.DataFrame, meanings: Mapping[str, str] = {}) -> str:
     """A table in a box of its own that scrolls sideways."""
     # A column is of one kind, and so are its cells.
     kinds = []
@@ -183,11 +225,11 @@ def _table(table: pd.DataFrame) -> str:
     for name in table.columns:
         kind = "number" if _holds_numbers(table[name]) else ""
         kinds.append(kind)
-        head += f"<th{_classes(kind)}>{_text(name)}</th>"
+        head += f"<th{_classes(kind)}{_hint(str(name), meanings)}>{_text(name)}</th>"
 
     lines = []
     for row in table.itertuples(index=False, name=None):
-        cells = map(_cell, row, kinds)
+        cells = [_cell(value, kind, meanings) for value, kind in zip(row, kinds)]
         lines.append("<tr>" + "".join(cells) + "</tr>")
 
     body = "\n".join(lines)
@@ -210,15 +252,20 @@ def _holds_numbers(column: pd.Series) -> bool:
     return numbers > 0 and numbers >= filled / 2
 
 
-def _cell(value, kind: str) -> str:
-    """A cell of a table; clear gains and losses have a colour."""
+def _cell(value, kind: str, meanings: Mapping[str, str]) -> str:
+    """A cell of a table; clear gains and losses have a colour, and intervals their own line."""
     text = _shown(value)
     classes = [kind]
     if isinstance(value, Cell):
         classes.append(GAIN_CLASS[value.sign])
     if not kind and len(text) > LONG_TEXT:
         classes.append("long")
-    return f"<td{_classes(*classes)}>{_text(text)}</td>"
+
+    content = _text(text)
+    parts = WITH_INTERVAL.fullmatch(text) if kind else None
+    if parts:
+        content = f"{_text(parts[1])} <small>{_text(parts[2])}</small>"
+    return f"<td{_classes(*classes)}{_hint(text, meanings)}>{content}</td>"
 
 
 def _classes(*names: str) -> str:
@@ -244,23 +291,23 @@ def _notes(notes: list[str]) -> str:
     return "\n".join(items)
 
 
-def _sheets(run: Path, sheets: list[tuple[str, str]]) -> str:
+def _sheets(place: Place, sheets: list[tuple[str, str]]) -> str:
     """The curves and the sheets of pictures, each with its caption."""
     figures = []
     for row, (caption, image) in enumerate(sheets, start=1):
-        figures.append(_figure(_address(run, image, SHEETS, row), caption))
+        figures.append(_figure(_address(place, image, SHEETS, row), caption))
     return "\n".join(figures)
 
 
-def _story(run: Path, story: Sequence[tuple]) -> str:
+def _story(place: Place, story: Sequence[tuple]) -> str:
     """How the run went: the blocks one below the other."""
     blocks = []
     for row, (kind, *content) in enumerate(story, start=1):
-        blocks.append(_block(run, row, kind, *content))
+        blocks.append(_block(place, row, kind, *content))
     return "\n".join(blocks)
 
 
-def _block(run: Path, row: int, kind: str, content, caption: str = "") -> str:
+def _block(place: Place, row: int, kind: str, content, caption: str = "") -> str:
     """A block of the story, the `row`-th; `write_page` says which kinds there are."""
     if kind == "heading":
         return f"<h3>{_text(content)}</h3>"
@@ -271,12 +318,12 @@ def _block(run: Path, row: int, kind: str, content, caption: str = "") -> str:
     if kind == "table":
         return _table(content)
     if kind == "picture":
-        return _figure(_address(run, content, STORY, row), caption)
+        return _figure(_address(place, content, STORY, row), caption)
 
     if kind == "pictures":
         figures = []
         for image, caption in content:
-            figures.append(_figure(_address(run, image, STORY, row), caption, lazy=True))
+            figures.append(_figure(_address(place, image, STORY, row), caption, lazy=True))
         return '<div class="strip">' + "\n".join(figures) + "</div>"
 
     raise ValueError(f"block {row} of the story has the unknown kind {kind!r}")
@@ -299,13 +346,13 @@ def _figure(address: str, caption: str, lazy: bool = False) -> str:
 
 # ---- text that is safe in the page ----
 
-def _address(run: Path, image: str, table: Path, row: int) -> str:
+def _address(place: Place, image: str, table: Path, row: int) -> str:
     """The URL, relative to the page, of an image path relative to the run folder.
 
     The image stands in row `row` (from 1) of `table`, which the message of an error names.
     """
-    folder = (Path(run) / "eval").resolve()
-    relative = os.path.relpath(inside(run, image, table, row), folder)
+    folder = place.page.parent.resolve()
+    relative = os.path.relpath(inside(place.run, image, table, row), folder)
     return quote(Path(relative).as_posix())
 
 

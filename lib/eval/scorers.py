@@ -10,8 +10,9 @@ call. tests/test_scorers.py runs those packages beside this file. Common to all 
 - images go through in batches; a prompt is encoded once and what it gave is kept for later calls;
 - weights are safetensors or read by torch.load(weights_only=True), and none that the model needs
   may be missing;
-- any PIL image will do (RGBA, grayscale, CMYK, palette), and any prompt (empty, too long, in any
-  script);
+- any PIL image will do (RGBA, grayscale, CMYK, palette), in the mode that its file has, since the
+  official codes differ in what they do before they make it RGB; and any prompt (empty, too long,
+  in any script);
 - `dtype` is that of the encoders' matrix products (autocast); normalisation, dot product and head
   are float32 always.
 
@@ -27,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import torch
 import torch.nn.functional as F
@@ -274,7 +276,10 @@ def load_imagereward(weights: Path, vocabulary: Path, device: str) -> Parts:
     def finish(h, _):
         return (head(h)[:, 0] - REWARD_MEAN) / REWARD_STD
 
-    return Parts(imagereward_pixels, encode_text, encode_image, finish)
+    def preprocess(image):
+        return cropped_pixels(image, BLIP_VISION["image_size"])
+
+    return Parts(preprocess, encode_text, encode_image, finish)
 
 
 def load_blip(state: dict, path: Path, device: str) -> tuple[nn.Module, nn.Module]:
@@ -315,7 +320,11 @@ def load_aesthetics(weights: Path, clip_weights: Path, config: Path, device: str
     v are the CLIP ViT-L/14 features of the image, at length 1.
     """
     head = load_head(read_weights(weights), weights, device)
-    _, preprocess, encode_image = load_clip(clip_weights, config, device)
+    clip, _, encode_image = load_clip(clip_weights, config, device)
+
+    # OpenAI's own preprocessing, as the predictor's code has it, and not that of transformers.
+    def preprocess(image):
+        return cropped_pixels(image, clip.config.vision_config.image_size)
 
     # No prompt enters, so there is nothing to keep of one.
     def encode_text(prompts):
@@ -356,16 +365,15 @@ def hpsv2_pixels(image, size: int) -> torch.Tensor:
     return normalize(F.pad(pixels, bars))                                         # (3, s, s)
 
 
-def imagereward_pixels(image) -> torch.Tensor:
-    """Resize the short side, crop at the centre.
+def cropped_pixels(image, size: int) -> torch.Tensor:
+    """Resize the short side to `size`, crop at the centre: ImageReward's way, and OpenAI CLIP's.
 
-    The image is resized in its own mode and only then made RGB, as in the package; pictures with
+    The image is resized in its own mode and only then made RGB, as in their code; pictures with
     alpha and with palettes notice.
     """
-    size = BLIP_VISION["image_size"]
     image = TF.resize(image, size, InterpolationMode.BICUBIC)
     image = TF.center_crop(image, size)
-    return normalize(TF.to_tensor(image.convert("RGB")))                          # (3, 224, 224)
+    return normalize(TF.to_tensor(image.convert("RGB")))                          # (3, s, s)
 
 
 # ---- weights into models ----
@@ -373,8 +381,9 @@ def imagereward_pixels(image) -> torch.Tensor:
 def load_clip(weights: Path, config: Path, device: str) -> tuple[nn.Module, Callable, Callable]:
     """Load a CLIP of transformers -> (model, preprocess, encode_image) as in `Parts`.
 
-    The short side is resized to s (PIL, bicubic) and the centre cropped. PIL is on purpose: the
-    processor without this suffix resizes tensors, which moves a score by up to 0.002.
+    The picture is made RGB, its short side resized to s (PIL, bicubic) and the centre cropped. PIL
+    is on purpose: the processor without this suffix resizes tensors, which moves a score by up to
+    0.002.
     """
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
@@ -462,13 +471,17 @@ def read_weights(path: Path) -> dict:
 
 # ---- files ----
 
-def locate(name: str, weights: str = "") -> list[tuple[str, Path]]:
-    """Find the files of a score -> (where it comes from, its path), in the order of FILES."""
+def locate(name: str, weights: str = "", get: Callable | None = None) -> list[tuple[str, Path]]:
+    """Find the files of a score -> (where it comes from, its path), in the order of FILES.
+
+    `get` finds a published file: `fetch`, if nothing else is said.
+    """
+    get = get or fetch
     if name not in FILES:
         raise UserError(f"score {name!r} is not known; choose from {', '.join(FILES)}")
 
     (file, published), *companions = FILES[name].items()
-    source, path = locate_weights(file, published, weights)
+    source, path = locate_weights(file, published, weights, get)
 
     files = [(source, path)]
     for companion, home in companions:
@@ -479,20 +492,20 @@ def locate(name: str, weights: str = "") -> list[tuple[str, Path]]:
         if beside.is_file():
             files.append((source, beside))
         else:
-            files.append((home, fetch(home, companion)))
+            files.append((home, get(home, companion)))
     return files
 
 
-def locate_weights(file: str, published: str, weights: str) -> tuple[str, Path]:
+def locate_weights(file: str, published: str, weights: str, get: Callable) -> tuple[str, Path]:
     """Find the weights file -> (where it comes from, its path); "local" is what was given so."""
     given = Path(weights).expanduser()
     is_file_name = given.suffix in (".pt", ".pth", ".safetensors")
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", weights) and not is_file_name
 
     if not weights:
-        return published, fetch(published, file)
+        return published, get(published, file)
     if is_hub_id and not given.exists():
-        return weights, fetch(weights, file)
+        return weights, get(weights, file)
 
     path = given
     if given.is_dir():
@@ -517,12 +530,51 @@ def fetch(source: str, file: str) -> Path:
         return Path(hf_hub_download(source, file))
     except Exception as error:
         raise UserError(f"{file} cannot be downloaded ({type(error).__name__}): get it from "
-                        f"{url(source, file)} and give its folder as the score's "
-                        f"weights") from None
+                        f"{url(source, file)} and give its folder as the score's weights "
+                        f"(--score-weights NAME=FOLDER)") from None
+
+
+def refuse_lacking(name: str, weights: str = "") -> None:
+    """UserError, which names all of them, if files of a score are neither here nor within reach.
+
+    Nothing is downloaded.
+    """
+    lacking = []
+
+    def look(source: str, file: str) -> Path:
+        if not is_within_reach(source, file):
+            lacking.append(url(source, file))
+        return Path(source, file)
+
+    locate(name, weights, look)
+    if lacking:
+        raise UserError(f"{' and '.join(lacking)} cannot be had here: get what is named into a "
+                        f"folder of its own")
+
+
+def is_within_reach(source: str, file: str) -> bool:
+    """Whether a published file is in this machine's cache, or is where it was published."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    # Each network library raises its own kinds of errors.
+    try:
+        if source.startswith("https://"):
+            if not web_path(file).is_file():
+                urlopen(Request(url(source, file), method="HEAD"), timeout=10).close()
+        elif not isinstance(try_to_load_from_cache(source, file), str):
+            get_hf_file_metadata(hf_hub_url(source, file), timeout=10)
+    except Exception:
+        return False
+    return True
+
+
+def web_path(file: str) -> Path:
+    """Where a file from the web is kept."""
+    return Path(torch.hub.get_dir(), "scorers", file)
 
 
 def fetch_from_web(source: str, file: str) -> Path:
-    path = Path(torch.hub.get_dir(), "scorers", file)
+    path = web_path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         torch.hub.download_url_to_file(url(source, file), str(path), SHA256[file])

@@ -15,6 +15,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -22,15 +23,17 @@ import pandas as pd
 from lib import models
 from lib.eval.rows import IMAGES, folder_name, load_row
 from lib.models import BASE
-from lib.run import Ledger, UserError, bar, is_main, my_share, open_image, wait, write_table
+from lib.run import (Ledger, UserError, bar, is_main, is_whole, my_share, open_made, wait,
+                     write_table)
 from lib.sampler import paint
 from lib.settings import ROOT, Settings
 
 # Pictures between two files.
 CHUNK = 128
 
-# The embedded world's stand-ins for the learned scores; one scorer gives all three.
-WORLD = ["alignment", "aesthetics", "utility"]
+# The embedded world's stand-ins for the learned scores; one scorer gives all three. The first is
+# what its people like.
+WORLD = ["utility", "alignment", "aesthetics"]
 WORLD_CODE = ("people.py", "scenes.py", "captions.py")
 
 # score(prompts, images) -> {column: list of floats}
@@ -40,10 +43,23 @@ Score = Callable[[list[str], list], dict[str, list[float]]]
 # ---- which scores, by what ----
 
 def names_of(s: Settings) -> list[str]:
-    """The score columns of this evaluation, in the table's order."""
-    if s.scores == "world":
-        return WORLD
-    return s.scores.split(",")
+    """The score columns of this evaluation: first the one that the run was trained for.
+
+    That is the reward from outside, where there was one. Else it is what people like: in the
+    embedded world the utility, elsewhere the first score of the setting. Where somebody else has
+    labelled the world's pictures, the utility of its own people is no measure, and is left out:
+    the first is the alignment, and what they like a duel tells (lib/taste/).
+    """
+    if s.scores == "none":
+        return []
+    if s.scores == "world" and s.pairs != "world":
+        return WORLD[1:]
+    names = WORLD if s.scores == "world" else s.scores.split(",")
+
+    main = s.reward
+    if s.reward.startswith("world"):
+        main = "aesthetics" if s.reward == "world-aesthetics" else "utility"
+    return sorted(names, key=lambda name: name != main)
 
 
 def scorers_of(s: Settings) -> list[str]:
@@ -51,6 +67,32 @@ def scorers_of(s: Settings) -> list[str]:
     if s.scores == "world":
         return ["world"]
     return names_of(s)
+
+
+def with_scores_at_hand(s: Settings, prompts: list[str]) -> Settings:
+    """The settings without the scores that cannot be had here, each told in one line.
+
+    A finished run must not lack its page because weights could not be downloaded.
+    """
+    at_hand = []
+    for scorer in scorers_of(s):
+        try:
+            look_for(s, scorer, prompts)
+        except UserError as error:
+            if is_main():
+                print(f"score {scorer} is left out: {error}")
+        else:
+            at_hand.append(scorer)
+    return replace(s, scores=",".join(at_hand) or "none")
+
+
+def look_for(s: Settings, scorer: str, prompts: list[str]) -> None:
+    """Find, or download, all that a scorer needs for these prompts; else a UserError says what."""
+    if scorer == "world":
+        refuse_foreign_prompts(prompts)
+    else:
+        from lib.eval.scorers import locate
+        locate(scorer, weights_of(s, scorer))
 
 
 def version_of(s: Settings, scorer: str) -> str:
@@ -98,15 +140,23 @@ def score_world(prompts: list[str], images: list) -> dict[str, list[float]]:
     from lib.sheets import as_tensor
     from lib.world import captions, people
 
-    for prompt in prompts:
-        if captions.parse(prompt) is None:
-            raise foreign_to_world(f"{prompt!r} is no caption of it")
+    refuse_foreign_prompts(prompts)
     for image in images:
         if image.size != (captions.SIZE, captions.SIZE):
             raise foreign_to_world(f"a picture has {image.width} x {image.height} pixels")
 
-    columns = people.score(prompts, as_tensor(images))
+    pictures = as_tensor([image.convert("RGB") for image in images])
+    columns = people.score(prompts, pictures)
     return {name: values.tolist() for name, values in columns.items()}
+
+
+def refuse_foreign_prompts(prompts: list[str]) -> None:
+    """UserError if a prompt is no caption of the embedded world."""
+    from lib.world.captions import parse
+
+    for prompt in prompts:
+        if parse(prompt) is None:
+            raise foreign_to_world(f"{prompt!r} is no caption of it")
 
 
 def foreign_to_world(fault: str) -> UserError:
@@ -130,7 +180,7 @@ def paint_rows(s: Settings, rows: dict[str, int | str], jobs: dict[str, pd.DataF
         # Nothing is loaded for a row whose pictures are all there.
         if isinstance(where, str) and where.startswith(IMAGES):
             continue
-        if all((Path(s.run) / image).exists() for image in jobs[name].image):
+        if all(is_whole(Path(s.run) / image) for image in jobs[name].image):
             continue
 
         # No name holds the model, so that it is gone before the next one is loaded.
@@ -166,6 +216,9 @@ def score_by(s: Settings, scorer: str, version: str,
         file = Path(s.run) / "eval/scores" / images / f"{folder_name(scorer, version)}.parquet"
         tables[name] = scores_in(file, jobs)
         if tables[name] is not None:
+            # Chunks that are still there are of a process that was killed as it joined them.
+            if is_main():
+                shutil.rmtree(file.with_suffix(""), ignore_errors=True)
             continue
 
         # Chunks are fixed by the row's table, so that processes agree on whose turn each is.
@@ -190,23 +243,29 @@ def score_by(s: Settings, scorer: str, version: str,
 
 
 def scores_in(file: Path, jobs: pd.DataFrame) -> pd.DataFrame | None:
-    """The table that a file holds, or None if it is not there or not of these very pictures."""
-    if not file.exists():
+    """The table that a file holds, or None if it is not whole or not of these very pictures."""
+    if not is_whole(file):
         return None
-    table = pd.read_parquet(file)
-    if list(table.image) != list(jobs.image):
+    try:
+        table = pd.read_parquet(file)
+        table[table.columns.drop("image")].astype(float)
+    # What is damaged in any way is scored again.
+    except Exception:
+        return None
+    if list(table["image"]) != list(jobs.image):
         return None
     return table
 
 
 def score_chunk(s: Settings, score: Score, jobs: pd.DataFrame) -> pd.DataFrame:
     """Score some pictures of a row -> (image, the scorer's columns)."""
-    def open_one(index: int, image: str):
-        return open_image(Path(s.run) / image, Path(image).parent, index + 1)
+    # A scorer gets the picture as its authors' code opens it: in the mode of its file.
+    def open_one(image: str):
+        return open_made(Path(s.run) / image, mode="")
 
     # Threads help: decoding a picture holds no interpreter lock.
     with ThreadPoolExecutor(4) as readers:
-        pictures = list(readers.map(open_one, jobs.index, jobs.image))
+        pictures = list(readers.map(open_one, jobs.image))
     columns = score(jobs.prompt.tolist(), pictures)
     return pd.DataFrame({"image": jobs.image} | columns)
 

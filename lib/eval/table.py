@@ -1,12 +1,13 @@
 """The table of an evaluation: means, gains and win rates, in words for people and for programs.
 
 `summarise` computes all the numbers, once; the other functions put them in a form: `readable` and
-`markdown` for table.md and the page, `for_programs` for table.csv. Gains are paired: every model
-has drawn the same prompts with the same noise. No score is computed here (lib/eval/scores.py), and
-the paper's own table is lib/eval/paper.py.
+`markdown` for table.md and the page, `for_terminal` for the screen, `for_programs` for table.csv.
+Gains are paired: every model has drawn the same prompts with the same noise. No score is computed
+here (lib/eval/scores.py), and the paper's own table is lib/eval/paper.py.
 """
 
 import html
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from lib.settings import Settings
 
 # The columns of scores.parquet before the scores.
 KEYS = ["model", "benchmark", "style", "prompt_id", "prompt", "seed", "image"]
+
+# What every row of `summarise` says beside its numbers.
+SUMMARY_KEYS = ["model", "benchmark", "style", "score"]
+
+# What begins so is a formula to a spreadsheet, which may run programs and ask the network.
+FORMULA = re.compile(r"\s*[=+\-@]")
+
+# What would begin code, emphasis, another cell, or a link or picture in Markdown.
+MARKDOWN = re.compile(r"[\\`*|]|(?<=\])[(\[:]")
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,9 @@ def summarise(scores: pd.DataFrame, names: list[str], base: str, iter0: str) -> 
         gain, gain_low, gain_high, win_rate                   over the model `base`
         over_iter0, over_iter0_low, over_iter0_high           over the model `iter0`
 
-    Intervals are 95%, from the bootstrap over prompts. The win rate is the share of prompts with a
-    higher score, ties counted half. A model that lacks prompts is compared on those that it has.
+    Intervals are 95%, from the bootstrap over prompts. The win rate is the share of prompts whose
+    pictures have the higher mean score, ties counted half. A model that lacks prompts is compared
+    on those that it has. Without names there are no rows.
     """
     models = scores["model"].unique()
     rows = []
@@ -61,7 +72,7 @@ def summarise(scores: pd.DataFrame, names: list[str], base: str, iter0: str) -> 
                 key = {"benchmark": benchmark, "style": style, "score": name}
                 means = _means_of_prompts(part, name, models)
                 rows.extend(_compare(means, key, base, iter0))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else SUMMARY_KEYS)
 
 
 def _styles(scores: pd.DataFrame) -> list[str]:
@@ -147,13 +158,20 @@ def _statistics(values: pd.DataFrame) -> dict[str, dict[str, float]]:
     return statistics
 
 
+def with_first(names: list[str], scores: pd.DataFrame) -> pd.DataFrame:
+    """The table scores.parquet with these scores first, then what else was measured."""
+    others = scores.columns.drop([*KEYS, *names])
+    return scores[[*KEYS, *names, *others]]
+
+
 # ---- the table that people read ----
 
 def readable(summary: pd.DataFrame, names: list[str], facts: dict[str, dict]) -> pd.DataFrame:
     """The table that people read: a row per benchmark and model, whole benchmarks only.
 
-    `summary` comes from `summarise`. `facts` has texts by model and column, such as the human pairs
-    behind it. Gains are `Cell`s, all else is text. Columns that would be empty are left out.
+    `summary` comes from `summarise`; the first of its score `names` is the one that the models were
+    trained for. `facts` has texts by model and column, such as the human pairs behind it. Gains are
+    `Cell`s, all else is text. Columns that would be empty are left out.
     """
     whole = summary[summary["style"] == ""]
     fact_names = _names_of_facts(facts)
@@ -164,26 +182,76 @@ def readable(summary: pd.DataFrame, names: list[str], facts: dict[str, dict]) ->
     rows = []
     for (benchmark, model), part in whole.groupby(["benchmark", "model"], sort=False):
         results = part.set_index("score").to_dict("index")
-        last = names[-1]                         # the score that stands for the whole
 
         # Who it is, and what is behind it.
         row = {"model": model, "benchmark": benchmark}
         for fact in fact_names:
             row[fact] = facts.get(model, {}).get(fact, "")
         if uneven:
-            row["prompts"] = f"{results[last]['prompts']:.0f}"
+            row["prompts"] = f"{results[names[0]]['prompts']:.0f}"
 
-        # What is alike stands side by side: all means, then all gains, then all win rates.
+        # Score by score, so that a reader who sees the first columns alone has the main thing.
         for name in names:
             row[name] = _mean(results[name])
-        for name in names:
             row[f"{name}: gain over base"] = _gain(results[name], "gain")
-        row[f"{last}: over Iter0"] = _gain(results[last], "over_iter0")
-        for name in names:
+            if name == names[0]:
+                row[f"{name}: over Iter0"] = _gain(results[name], "over_iter0")
             row[f"{name}: wins over base"] = _win_rate(results[name])
         rows.append(row)
 
     return _without_needless_columns(pd.DataFrame(rows))
+
+
+def without_scores(scores: pd.DataFrame, facts: dict[str, dict]) -> pd.DataFrame:
+    """The table that people read where nothing was scored: who painted how many prompts."""
+    rows = []
+    for (benchmark, model), part in scores.groupby(["benchmark", "model"], sort=False):
+        row = {"model": model, "benchmark": benchmark}
+        for fact in _names_of_facts(facts):
+            row[fact] = facts.get(model, {}).get(fact, "")
+        row["prompts"] = str(part.prompt_id.nunique())
+        rows.append(row)
+    return _without_needless_columns(pd.DataFrame(rows))
+
+
+def for_terminal(summary: pd.DataFrame, names: list[str], facts: dict[str, dict],
+                 width: int = 100) -> str:
+    """The main columns of the readable table as plain text of at most `width` characters a line."""
+    main = names[0]
+    rows = []
+    whole = summary[summary["style"] == ""]
+    for (benchmark, model), part in whole.groupby(["benchmark", "model"], sort=False):
+        results = part.set_index("score").to_dict("index")
+        row = {
+            "model": _short(model),
+            "benchmark": _short(benchmark),
+            "human pairs": facts.get(model, {}).get("human pairs", ""),
+            main: _decimal(results[main]["mean"]),
+            "over base": _gain(results[main], "gain"),
+            "over Iter0": _gain(results[main], "over_iter0"),
+            "wins": _win_rate(results[main]),
+        }
+        for name in names[1:]:
+            row[name] = _decimal(results[name]["mean"])
+        rows.append(row)
+
+    # What does not fit stands in table.md.
+    table = _without_needless_columns(pd.DataFrame(rows))
+    text = table.to_string(index=False)
+    while max(map(len, text.split("\n"))) > width and table.shape[1] > 2:
+        table = table.iloc[:, :-1]
+        text = table.to_string(index=False)
+    return text
+
+
+def _short(name) -> str:
+    """A name in one line of at most 20 characters that a terminal shows."""
+    line = "".join(letter for letter in " ".join(str(name).split()) if letter.isprintable())
+    return line if len(line) <= 20 else line[:17] + "..."
+
+
+def _decimal(number: float) -> str:
+    return "" if pd.isna(number) else f"{number:.3f}"
 
 
 def _names_of_facts(facts: dict[str, dict]) -> list[str]:
@@ -248,9 +316,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def plain(value) -> str:
-    """Any value in one line of Markdown: no HTML, no new cell."""
+    """Any value in one line of Markdown, as text: no HTML, no new cell, no link and no picture."""
     line = " ".join(str(value).split())
-    return html.escape(line, quote=False).replace("|", "\\|")
+    return MARKDOWN.sub(r"\\\g<0>", html.escape(line, quote=False))
 
 
 # ---- the table that programs read ----
@@ -278,14 +346,27 @@ def for_programs(summary: pd.DataFrame, facts: dict[str, dict], paper: dict,
     return table
 
 
+def as_csv(table: pd.DataFrame) -> str:
+    """A table as CSV; a text that a spreadsheet would run as a formula gets a ' before it."""
+    return table.map(_no_formula).to_csv(index=False, float_format="%.6g")
+
+
+def _no_formula(value):
+    """A cell's value, a text in one line: as a formula it would not be taken, nor as a new row."""
+    if not isinstance(value, str):
+        return value
+    line = re.sub(r"[\t\r\n]", " ", value)
+    return "'" + line if FORMULA.match(line) else line
+
+
 # ---- what the numbers depend on, and what they cost ----
 
-def notes(s: Settings, made: dict, scores: pd.DataFrame, versions: list[str],
-          outside: dict[str, str]) -> list[str]:
+def notes(s: Settings, made: dict, begun_at: str | None, scores: pd.DataFrame,
+          versions: list[str], outside: dict[str, str]) -> list[str]:
     """All that the numbers depend on, in lines of text.
 
-    `made` is settings.environment(), `versions` has a line per scorer, and `outside` says of each
-    row that is no model of the run where it lies.
+    `made` is settings.environment(), `begun_at` the commit at which the run was begun, `versions`
+    has a line per scorer, and `outside` says of each row that is no model of the run where it lies.
     """
     counts = []
     for name, part in scores.groupby("benchmark", sort=False):
@@ -308,7 +389,10 @@ def notes(s: Settings, made: dict, scores: pd.DataFrame, versions: list[str],
     packages = [f"{name} {version}" for name, version in made["versions"].items() if version]
     hardware = [f"{name} {value}" for name, value in made["hardware"].items() if value]
     lines.append(" ".join(packages))
-    lines.append(f"code {made['commit']}, " + ", ".join(hardware))
+    code = f"code {begun_at}"
+    if made["commit"] != begun_at:
+        code += f" (the run), {made['commit']} (this evaluation)"
+    lines.append(f"{code}, " + ", ".join(hardware))
     return lines
 
 

@@ -18,9 +18,20 @@ import numpy as np
 import pandas as pd
 
 from lib.eval.scores import names_of
-from lib.eval.table import Cell, markdown, plain
-from lib.run import PAIR_COLUMNS, TRAIN_LOG_COLUMNS, atomic, read_table
+from lib.eval.table import KEYS, Cell, markdown, plain, summarise
+from lib.eval.words import lost
+from lib.run import PAIR_COLUMNS, TRAIN_LOG_COLUMNS, atomic, is_whole, read_table
 from lib.settings import Settings, has_reference
+
+# What the story relies on in the JSON files of other stages; all of it is numbers.
+PEOPLE = ("labels_against_their_own_utility", "agree_with_themselves",
+          "agree_with_a_perfect_judge")
+JUDGE = ("pairs", "accuracy", "low", "high")
+
+# How stage 04's Diffusion-DPO ends, by which a run that keeps its code is known not to have edited
+# it; and how far from log 2 the first step's loss may be, in half precision.
+DPO_LOSS = "return -F.logsigmoid(margin), margin"
+NEAR_LOG_2 = .05
 
 # Blocks in order; page.write_page says what kinds there are.
 Story = list[tuple]
@@ -47,7 +58,7 @@ def tell(s: Settings, pictures: pd.DataFrame, results: pd.DataFrame) -> Story:
     `pictures` is scores.parquet, and `results` the table that people read (lib/eval/table.py,
     readable). Image paths in the blocks are relative to the run folder.
     """
-    people = _read_json(Path(s.run) / "seed" / "people.json")
+    people = _read_numbers(Path(s.run) / "seed" / "people.json", PEOPLE)
     story = tell_people(s, people)
     story += tell_iter0(s, pictures)
     for k in range(1, s.iters + 1):
@@ -75,7 +86,7 @@ def tell_people(s: Settings, people: dict) -> Story:
     """The human pairs: one of them, how many there are, and how far people agree."""
     run = Path(s.run)
     path = run / "seed" / "pairs.parquet"
-    if not path.exists():
+    if not is_whole(path):
         return []
 
     pairs = read_table(path, PAIR_COLUMNS, "01_seed.py")
@@ -158,8 +169,12 @@ def tell_iter0(s: Settings, pictures: pd.DataFrame) -> Story:
     story += explain_noise()
     if s.loss == "mapo":
         story += explain_mapo()
-    else:
+    elif is_dpo(s):
         story += explain_dpo(s)
+    else:
+        story.append(_text(
+            "How this run learns from pairs is not the Diffusion-DPO of the paper: its loss was",
+            "changed. code/04_train_dpo.py in the run folder has it as it is."))
 
     log = _read_log(run, 0)
     if log is not None:
@@ -217,6 +232,23 @@ def explain_dpo(s: Settings) -> Story:
     ]
 
 
+def is_dpo(s: Settings) -> bool:
+    """Whether a run has learned by Diffusion-DPO, as far as its code and its logs can tell.
+
+    People edit `dpo_loss`. At the first step theta is the reference, and the loss is log 2.
+    """
+    if s.loss != "dpo":
+        return False
+    code = Path(s.run) / "code" / "04_train_dpo.py"
+    if code.exists() and DPO_LOSS not in code.read_text(encoding="utf-8", errors="replace"):
+        return False
+    for k in range(s.iters + 1):
+        log = _read_log(Path(s.run), k)
+        if log is not None and abs(log.loss.iloc[0] - np.log(2)) > NEAR_LOG_2:
+            return False
+    return True
+
+
 def explain_mapo() -> Story:
     """MaPO, a rival that learns without a reference (lib/rivals/mapo.py)."""
     return [
@@ -239,7 +271,7 @@ def explain_curves(s: Settings, log: pd.DataFrame) -> Story:
     first, late = log.iloc[0], _second_half(log)
     loss = [f"Loss: {first.loss:.3f} at the first step, {late.loss:.3f} on average over the",
             "second half of the steps."]
-    if has_reference(s):
+    if is_dpo(s):
         loss += ["The dashed line is log 2 = 0.693, the loss of a margin of 0, where every",
                  "training starts: at first theta is the same as the reference. One t and one",
                  "noise say little about a pair, so pairs that come once hardly move the loss from",
@@ -271,12 +303,12 @@ def tell_candidates(s: Settings, k: int, people: dict) -> Story:
     """The candidates of round k, how they were ranked, and whether people would agree."""
     folder = Path(s.run) / f"iter{k}"
     rewards_path, pairs_path = folder / "rewards.parquet", folder / "pairs.parquet"
-    if s.alpha == 0 or not rewards_path.exists() or not pairs_path.exists():
+    if s.alpha == 0 or not is_whole(rewards_path) or not is_whole(pairs_path):
         return []
 
     candidates = read_table(rewards_path, REWARD_COLUMNS, f"03_rank.py --iter {k}")
     pairs = read_table(pairs_path, PAIR_COLUMNS, f"03_rank.py --iter {k}")
-    judge = _read_json(folder / "judge.json")
+    judge = read_judge(folder / "judge.json")
 
     ranks = "ranks them itself"
     if s.reward != "implicit":
@@ -434,7 +466,7 @@ def _draws_of_pair(s: Settings, k: int, winner: pd.Series, loser: pd.Series) -> 
     `part` is what a draw adds to their margin. A score from outside has no draws.
     """
     path = Path(s.run) / f"iter{k}" / "draws.parquet"
-    if s.reward != "implicit" or not path.exists():
+    if s.reward != "implicit" or not is_whole(path):
         return pd.DataFrame()
 
     # The table of a large run has a million rows; only those of this prompt are read.
@@ -465,7 +497,11 @@ def tell_agreement(s: Settings, k: int, judge: dict, people: dict) -> Story:
                          "would reach 50%.")
     if low <= .5 <= high:
         sentences.append("So these pairs cannot tell it from a coin.")
-    if people:
+    if "agree_pairs" in judge:
+        sentences.append("Whoever labelled gave the same answer again in "
+                         f"{judge['agree_with_themselves']:.0%} of {judge['agree_pairs']:.0f} "
+                         "pairs that were shown twice; no judge can be expected to do better.")
+    elif people:
         sentences.append(f"People agree with themselves in {people['agree_with_themselves']:.0%}, "
                          "and a perfect judge with them in "
                          f"{people['agree_with_a_perfect_judge']:.0%}.")
@@ -551,7 +587,9 @@ def tell_evaluation(s: Settings, pictures: pd.DataFrame, results: pd.DataFrame) 
 
     names = names_of(s)
     explained = f"Higher is better in each score: {', '.join(names)}."
-    if s.scores == "world":
+    if not names:
+        explained = "No score was computed; the pictures are there to be looked at."
+    if "utility" in names:
         explained = ("The scores are alignment, aesthetics and utility, the people's hidden taste "
                      "itself, which is looked up here.")
     each = "one picture" if s.eval_seeds == 1 else f"{s.eval_seeds} pictures"
@@ -562,10 +600,13 @@ def tell_evaluation(s: Settings, pictures: pd.DataFrame, results: pd.DataFrame) 
             f"Every model paints {each} of the same {pictures.prompt_id.nunique()} prompts, from",
             "which none has learned, and each picture from the same noise as the other models. So",
             f"they can be compared prompt by prompt. {explained} In the table a gain is the mean",
-            "difference of scores, and wins are the part of the prompts with the higher score."),
+            "difference of scores, and wins are the part of the prompts whose pictures have the",
+            "higher score on average."),
         ("table", results),
-        *tell_gains(results[results["model"] == last], last, names[-1]),
     ]
+    if names:
+        story += tell_gains(results[results["model"] == last], last, names[0])
+        story += tell_losses(pictures, last)
 
     # What the numbers do not say.
     if s.iters > 0 and 0 < s.alpha < 1:
@@ -600,6 +641,13 @@ def tell_gains(results: pd.DataFrame, model: str, score: str) -> Story:
     return story
 
 
+def tell_losses(pictures: pd.DataFrame, model: str) -> Story:
+    """Where the model has fallen behind the base: in scores, and in the skills that they tell."""
+    columns = pictures.columns.drop(KEYS)
+    losses = lost(summarise(pictures, list(columns), "base", "Iter0"), model)
+    return [_text(f"{losses}.")] if losses else []
+
+
 def _verdict(gain: Cell) -> str:
     """What a gain with its interval says, in words."""
     if gain.sign > 0:
@@ -611,24 +659,38 @@ def _verdict(gain: Cell) -> str:
 
 # ---- what the run has ----
 
-def _read_json(path: Path) -> dict:
-    """A JSON file's content; nothing if there is none."""
-    if not path.exists():
+def read_judge(path: Path) -> dict:
+    """A round's judge.json; nothing if there is none, or none that can be read.
+
+    Without held-out pairs it has `pairs` 0 and no accuracy.
+    """
+    without_pairs = _read_numbers(path, ("pairs",))
+    if without_pairs and not without_pairs["pairs"]:
+        return without_pairs
+    return _read_numbers(path, JUDGE)
+
+
+def _read_numbers(path: Path, names: tuple[str, ...]) -> dict:
+    """A JSON file's content; nothing if there is none in which these names are numbers."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [float(content[name]) for name in names]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return json.loads(path.read_text())
+    return content if np.isfinite(numbers).all() else {}
 
 
 def _rows_of(path: Path) -> int:
-    """How many rows a table has; 0 if there is none."""
-    if not path.exists():
+    """How many rows a table has; 0 if there is none that is whole."""
+    if not is_whole(path):
         return 0
     return len(pd.read_parquet(path))
 
 
 def _read_log(run: Path, k: int) -> pd.DataFrame | None:
-    """The training log of model k, if this run has trained it."""
+    """The training log of model k, if this run has trained it and the log is whole."""
     path = run / f"iter{k}" / "train_log.parquet"
-    if not path.exists():
+    if not is_whole(path):
         return None
     return read_table(path, TRAIN_LOG_COLUMNS, f"04_train_dpo.py --iter {k}")
 
@@ -701,12 +763,13 @@ def _same_prompt(s: Settings, pictures: pd.DataFrame, k: int) -> Story:
     same = (pictures["prompt_id"] == first.prompt_id) & (pictures["seed"] == first.seed)
     shown = pictures[same].drop_duplicates("model").set_index("model")
 
-    score = names_of(s)[-1]
+    names = names_of(s)
     strip = []
     for model in models[:models.index(f"Iter{k}") + 1]:
         if model in shown.index:
             row = shown.loc[model]
-            strip.append((row.image, f"{model}: {score} {row[score]:.3g}"))
+            caption = f"{model}: {names[0]} {row[names[0]]:.3g}" if names else model
+            strip.append((row.image, caption))
     strip = _strip(Path(s.run), strip)
     if not strip:
         return []
@@ -725,14 +788,14 @@ def _figure_of_log(s: Settings, k: int, log: pd.DataFrame) -> Story:
     """Draw the curves of a training log; returns the figure as a block."""
     image = f"eval/walk/iter{k}.png"
     width = max(1, len(log) // 10)
-    draw_log(log, width, s.loss, Path(s.run) / image)
+    draw_log(log, width, is_dpo(s), Path(s.run) / image)
     caption = f"The training of Iter{k}: each step, the mean over its {s.batch} pairs"
     if width > 1:
         caption += f" (pale), and the mean over {width} steps (strong)"
     return [("picture", image, caption)]
 
 
-def draw_log(log: pd.DataFrame, width: int, loss: str, path: Path) -> None:
+def draw_log(log: pd.DataFrame, width: int, is_dpo: bool, path: Path) -> None:
     """Draw a training log: loss, gains, margin, accuracy; each also as a mean over `width` steps.
 
     The figure is nearly square, with large letters, so that it can be read on a phone.
@@ -745,7 +808,7 @@ def draw_log(log: pd.DataFrame, width: int, loss: str, path: Path) -> None:
     with matplotlib.rc_context({"font.size": 18, "axes.titlesize": 20}):
         figure, axes = plt.subplots(2, 2, figsize=(9, 8.4), dpi=100, layout="constrained")
         figure.get_layout_engine().set(w_pad=.12, h_pad=.12)
-        _draw_panels(axes, log, width, loss)
+        _draw_panels(axes, log, width, is_dpo)
         figure.canvas.draw()
         picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
         plt.close(figure)
@@ -756,12 +819,12 @@ def draw_log(log: pd.DataFrame, width: int, loss: str, path: Path) -> None:
         picture.save(temporary, format="PNG", optimize=True)
 
 
-def _draw_panels(axes, log: pd.DataFrame, width: int, loss: str) -> None:
+def _draw_panels(axes, log: pd.DataFrame, width: int, is_dpo: bool) -> None:
     """The four curves; dashed lines are where a model stands that has learned nothing."""
     loss_axis, gain_axis, margin_axis, accuracy_axis = axes.flat
     _draw_curve(loss_axis, log.loss, width, "C0")
     loss_axis.set_title("loss")
-    if loss == "dpo":
+    if is_dpo:
         loss_axis.axhline(np.log(2), **LINE)
 
     gain_axis.set_visible(_has_gains(log))
@@ -807,29 +870,24 @@ def as_markdown(story: Story) -> str:
 def _markdown_block(kind: str, content, caption: str = "") -> str:
     """One block in Markdown."""
     if kind == "heading":
-        return f"## {_words(content)}"
+        return f"## {plain(content)}"
     if kind == "text":
-        return _words(content)
+        return plain(content)
     if kind == "equation":
         return "".join(f"    {line}\n" for line in content.split("\n")).rstrip()
     if kind == "table":
         return markdown(content).strip()
     if kind == "picture":
-        return f"{_image(content, FIGURE_WIDTH)}\n\n{_words(caption)}"
+        return f"{_image(content, FIGURE_WIDTH)}\n\n{plain(caption)}"
 
     # Pictures are a table: a row of them, and their captions below. The first row is its head.
     lines = []
     for start in range(0, len(content), ACROSS):
         row = content[start:start + ACROSS]
         lines.append([_image(image, PICTURE_WIDTH) for image, _ in row])
-        lines.append([_words(caption) for _, caption in row])
+        lines.append([plain(caption) for _, caption in row])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _words(text: str) -> str:
-    """Text in one line of Markdown; a prompt in it can be no link and no picture."""
-    return plain(text).replace("](", "]\\(")
 
 
 def _image(image: str, width: int) -> str:
