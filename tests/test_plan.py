@@ -1,15 +1,19 @@
 """The plan of a run: its counts are those that the run's ledger then shows, its arithmetic that of
 the real models."""
 
+import json
 import os
+import shutil
 import subprocess
+import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
-from conftest import ROOT, make_pairs, stage
+from conftest import ROOT, fails_with, make_pairs, refused, stage
 
 from lib.plan import __main__ as command
-from lib.plan import architecture, counts, probe, report
+from lib.plan import architecture, cards, counts, disk, memory, pilot, probe, report
 from lib.settings import PRESETS, Settings
 
 # A run of a few seconds in which every kind of count occurs: mirrored pairs, another anchor.
@@ -25,7 +29,7 @@ LEDGER_COUNTS = ["images", "unet_forwards", "optimizer_steps"]
 def planned(tmp_path_factory):
     """(settings, counts) of SMALL, planned before the run; and the folder of the run."""
     run = tmp_path_factory.mktemp("plan") / "run"
-    s = command.settings_of(["--run", str(run), *SMALL, "--plan"])
+    s, _ = command.settings_of(["--run", str(run), *SMALL, "--plan"])
     table = counts.counts(s)
     assert not run.exists()
 
@@ -62,7 +66,7 @@ def test_disk_is_about_that_of_a_real_run(planned):
     s, table, run = planned
     expected = 0
     for row in table.to_dict("records"):
-        expected += report.disk_of(s, architecture.architecture_of(s), 0, row)
+        expected += disk.disk_of(s, architecture.architecture_of(s), 0, row)
 
     size = 0
     for file in run.rglob("*"):
@@ -128,6 +132,7 @@ def test_the_command_prints_the_table_and_makes_no_folder(tmp_path, capsys, monk
     out = capsys.readouterr().out
     assert "2 x cpu" in out
     assert "in all" in out
+    assert "pilot" not in out
     assert not (tmp_path / "none").exists()
 
 
@@ -135,8 +140,8 @@ def test_hours_are_those_of_the_probes_parts(tmp_path, monkeypatch):
     """On the embedded world, with LoRA."""
     monkeypatch.setattr(probe, "BUDGET", dict.fromkeys(probe.BUDGET, .2))
     run = str(tmp_path / "none")
-    s = command.settings_of(["--plan", "--run", run, "--lora-rank", "2", *SMALL])
-    table, measured = report.plan(s, 1)
+    s, _ = command.settings_of(["--plan", "--run", run, "--lora-rank", "2", *SMALL])
+    table, measured, _ = report.plan(s, 1)
     seconds = measured.seconds
     assert (table.hours > 0).all()
     assert set(seconds) == {"encode", "decode", "sample", "rank", "pair", "step"}
@@ -153,7 +158,7 @@ def test_plan_of_few_own_pairs(tmp_path, monkeypatch, capsys):
     files = make_pairs(tmp_path / "own", 12)
     planned = []
 
-    def stop_here(s, processes):
+    def stop_here(s, processes, card):
         planned.append(s)
         raise InterruptedError
 
@@ -165,6 +170,196 @@ def test_plan_of_few_own_pairs(tmp_path, monkeypatch, capsys):
                       "--eval-prompts", str(files / "eval.txt")])
     assert counts.counts(planned[0]).images.iloc[0] == 24
     assert "--seed-pairs 10 --holdout-pairs 2" in capsys.readouterr().out
+
+
+# ---- disk ----
+
+def test_the_disk_still_needed_falls_as_a_run_goes_on(planned, tmp_path):
+    """Before a run it is the plan's and a checkpoint's; of a whole one nothing is left but what
+    the evaluation would paint that a run without its page has not."""
+    s, table, run = planned
+    fresh = replace(s, run=str(tmp_path / "none"))
+    weights = disk.parameters_of(architecture.architecture_of(s))
+    whole = sum(disk.disk_of(s, architecture.architecture_of(s), weights, row)
+                for row in table.to_dict("records"))
+    assert disk.bytes_needed(fresh) == pytest.approx(whole + disk.checkpoint_bytes(s, weights))
+    assert disk.bytes_needed(s) == 0
+
+    # A round that is to be trained again.
+    again = shutil.copytree(run, tmp_path / "again")
+    shutil.rmtree(again / "iter2/unet")
+    needed = disk.bytes_needed(replace(s, run=str(again)))
+    assert needed == pytest.approx(4 * weights + 24 * weights, rel=.1)
+
+
+def test_a_given_iter0_leaves_the_human_pairs_mirrors_to_round_1():
+    """4 pictures of 2 self-made pairs and 10 of 5 human ones; and a UNet more on the disk."""
+    s, _ = command.settings_of([*SMALL, "--run", "none", "--start", "x/y"])
+    table = counts.counts(s)
+    trainings = table[table.stage == "04_train_dpo"]
+    assert trainings.iter.tolist() == [1, 2]
+    assert trainings.encodes.tolist() == [2 * 2 + 2 * 5, 2 * 3]
+
+    rows = trainings.to_dict("records")
+    found = architecture.architecture_of(s)
+    first, second = [disk.disk_of(s, found, 10 ** 9, row) for row in rows]
+    assert first - second == pytest.approx(4e9, rel=.01)
+
+
+# ---- a card that is not here ----
+
+@pytest.fixture(scope="module")
+def on_h100():
+    """(settings, table, speed, memory) of the paper's run of SD1.5 on an H100."""
+    s = Settings(**PRESETS["sd15"] | {"run": "none", "dtype": "bfloat16"})
+    return s, *report.plan(s, 1, cards.CARDS["h100"])
+
+
+def test_hours_of_a_card_are_its_arithmetic(on_h100):
+    """At the assumed share; the optimizer's steps, which the memory's speed bounds, add little."""
+    s, table, _, _ = on_h100
+    expected = table.tflop / (.3 * 989) / 3600
+    training = table.stage == "04_train_dpo"
+    assert table.hours[~training].tolist() == pytest.approx(expected[~training].tolist())
+    steps = (table.hours - expected)[training] * 3600 / table.optimizer_steps[training]
+    assert steps.tolist() == pytest.approx([40 * 859_520_964 / 3.35e12] * 4)
+
+
+def test_memory_of_a_card_is_what_it_would_hold(on_h100):
+    """Frozen weights in bfloat16, whatever this machine has; 859.5 M parameters."""
+    s, table, speed, held = on_h100
+    assert speed.parameters == 859_520_964
+    billions = {name: size / speed.parameters for name, size in held.held_in_training(s).items()}
+    assert billions == {"policy": 4, "reference": 2, "gradients": 4, "optimizer": 8,
+                        "autocast's copy": 2}
+    assert (table.device_bytes < 80e9).all()
+    assert held.held_in_training(replace(s, lora_rank=8)) == {"policy": 2 * speed.parameters}
+
+
+def test_what_does_not_fit_is_told_with_settings_that_do(on_h100):
+    s, _, speed, held = on_h100
+    assert "fits into NVIDIA H100 SXM's 80 GB" in report.describe_memory(s, speed, held)[-1]
+    smaller_card = cards.Estimate(s, speed.architecture, cards.CARDS["4090"])
+    told = report.describe_memory(s, smaller_card, held)[-1]
+    assert "does NOT fit into NVIDIA RTX 4090's 24 GB; this does: --" in told
+
+    # A small device, and a small model whose batches are large: the advice holds.
+    few = dict(sample_batch=4096, rank_batch=4096, micro_batch=128, batch=128)
+    world = Settings(**PRESETS["tiny"] | few | {"dtype": "float32", "device": "cpu"})
+    found = architecture.architecture_of(world)
+    large = memory.Memory(world, found, True)
+    capacity = (memory.CONTEXT + .1e9) / memory.FITS
+    advice = memory.smaller(large, capacity)
+    assert advice.keys() >= {"sample_batch", "rank_batch", "micro_batch"}
+    changed = memory.Memory(replace(world, **advice), found, True)
+    assert max(changed.device.values()) <= memory.FITS * capacity + 1
+    assert memory.smaller(large, memory.CONTEXT) is None
+
+
+# A UNet of middle size, and what a process does: it trains a small one first, so that all is loaded
+# that a first call loads, and then this one, whose second micro-batch finds gradients there.
+MIDDLE = architecture.SD15_UNET | {
+    "_class_name": "UNet2DConditionModel",
+    "block_out_channels": (64, 128, 192, 192),
+    "cross_attention_dim": 64,
+}
+CALLS = """
+import json, os, resource, sys, psutil, torch
+from diffusers import UNet2DConditionModel
+from lib.diffusion import predict
+from lib.plan.architecture import random_inputs
+
+def peak_of_training(config, side):
+    unet = UNet2DConditionModel.from_config(config).train()
+    given = random_inputs(unet, 77, side, 8, "cpu")
+    base = psutil.Process().memory_info().rss
+    for micro_batch in range(2):
+        predict(unet, *given).square().mean().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base
+
+config = json.loads(sys.argv[1])
+peak_of_training(config | {"block_out_channels": (32,) * 4}, 8)
+print(peak_of_training(config, 16))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are counted in other units")
+def test_the_memory_model_agrees_with_a_process():
+    """The peak of a real training on 4 pairs, the allocator giving back what is free."""
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", CALLS, json.dumps(MIDDLE)], env=env,
+                          capture_output=True, text=True, check=True)
+
+    known = architecture.Architecture(MIDDLE, architecture.SD_VAE, 77, "")
+    s = Settings(resolution=128, micro_batch=4, batch=4, dtype="float32", device="cpu")
+    counted = memory.Memory(s, known, True)
+    expected = counted.activations(s) + counted.held_in_training(s)["gradients"]
+    assert int(done.stdout) == pytest.approx(expected, rel=.2)
+
+
+def test_without_a_gpu_the_papers_models_are_planned_for_a_card(capsys):
+    for argv, dtype, name in (
+        (["--preset", "sd15"], "bfloat16", "NVIDIA H100 SXM"),
+        (["--preset", "sdxl", "--gpu", "a100"], "bfloat16", "NVIDIA A100 80GB"),
+        (["--preset", "sd15", "--gpu", "v100"], "float16", "NVIDIA V100 32GB"),
+        (["--gpu", "t4", "--dtype", "float32"], "float32", "NVIDIA T4"),
+    ):
+        s, card = command.settings_of(["--plan", "--run", "none", *argv])
+        assert (s.dtype, card.name) == (dtype, name)
+    assert "this is the plan for --gpu h100" in capsys.readouterr().out
+
+    for argv in (["--preset", "sd15", "--device", "cpu"], []):
+        assert command.settings_of(["--plan", "--run", "none", *argv])[1] is None
+    refused(str(fails_with("--gpu", command.settings_of, ["--plan", "--gpu", "h9000"])), "h100")
+
+
+def test_a_pilot_is_a_tenth_of_the_run_and_its_command_line_says_so(on_h100):
+    s, table, speed, _ = on_h100
+    argv = ["--preset", "sd15", "--plan", "--gpu=h100", "--run", "none", "--iters=3"]
+    small = pilot.pilot_of(s, lambda settings: report.hours_of_run(settings, speed.seconds, 1))
+    words = pilot.command_of(small, s, argv)
+    assert words[:3] == ["./run_sail.sh", "--preset", "sd15"]
+    assert not {"--plan", "--gpu=h100", "none", "--iters=3"} & set(words)
+
+    # What the command line makes is the pilot.
+    again, _ = command.settings_of([*words[1:], "--gpu", "h100"])
+    assert again == small
+    assert again.run == "none-pilot"
+    hours = report.hours_of_run(again, speed.seconds, 1)
+    assert .02 < hours / table.hours.sum() <= .1
+
+    # Minutes need no pilot.
+    assert pilot.pilot_of(Settings(), lambda settings: .1) is None
+    assert pilot.targets("sd15")[-1].split() == ["Iter3", "21", "0.2329", "5.49", "26.75"]
+    assert pilot.targets("tiny") == []
+
+
+@pytest.mark.parametrize("preset, source", [
+    ("sd15", "SD1.5"), ("sdxl", "SDXL"), ("tiny", "a model that is nowhere")])
+def test_a_model_that_is_out_of_reach(preset, source):
+    """The hub is not asked for the presets' own; another one's architecture is taken as theirs."""
+    s = Settings(**PRESETS[preset] | {"run": "none"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(architecture, "check_hub", lambda *_: pytest.fail("the hub was asked"))
+        if preset != "tiny":
+            assert source in architecture.architecture_of(s).source
+
+    other = replace(s, model="nobody/has-this")
+    if preset != "tiny":
+        found = architecture.architecture_of(other, ask_hub=False)
+        assert source in found.source
+        assert "nobody/has-this is not within reach" in found.source
+    else:
+        refused(fails_with("nobody", architecture.architecture_of, other, False), "--model")
+
+
+def test_numbers_of_the_text_encoders():
+    """Those of the world's base, counted from its files."""
+    from safetensors.torch import load_file
+    s = Settings()
+    weights = load_file(ROOT / s.model / "text_encoder/model.safetensors")
+    count = sum(weight.numel() for name, weight in weights.items() if "position_ids" not in name)
+    assert architecture.architecture_of(s).text_weights == pytest.approx(count, rel=.02)
 
 
 def test_too_little_memory_is_said(monkeypatch):

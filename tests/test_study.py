@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 from safetensors.torch import load_file
 
 from lib.plan.stages import load_stage
@@ -15,7 +15,7 @@ from lib.run import UserError
 from lib.settings import build_parser
 from lib.sheets import read_pictures
 from lib.study import __main__ as command
-from lib.study import answers, judge, questions, runner, tune
+from lib.study import answers, cost, judge, questions, runner, tune
 from lib.study.runner import Job, folder_of
 from lib.world import people
 
@@ -132,6 +132,56 @@ def test_a_finished_arm_is_left_alone(studied):
 def test_a_finished_arm_takes_no_other_settings(studied):
     with pytest.raises(UserError, match="lr"):
         runner.run_arm(studied[0], Job("SAIL", 0, (*MINI, "--lr", "5e-5")))
+
+
+# ---- the plan, and what is refused before anything is run ----
+
+def test_the_plan_counts_what_the_runs_of_a_study_then_make(studied, tmp_path):
+    """All runs' counts, with what they share counted once, are those of their ledgers."""
+    out, jobs = studied
+    table = cost.cost_of([(tmp_path / "none", job) for job in jobs])
+    made = pd.concat(pd.read_parquet(folder_of(out, arm, 0) / "ledger.parquet") for arm in ARMS)
+    assert table.runs_left.sum() == len(ARMS)
+    for column in cost.COUNTED:
+        assert table[column].sum() == made[column].sum()
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_plan_leaves_finished_runs_out(studied):
+    out, jobs = studied
+    table = cost.cost_of([(out, job) for job in [*jobs, Job("t below 500", 0, MINI)]])
+    assert table.runs_left.tolist() == [arm == "t below 500" for arm in table.arm]
+    assert (table.unet_forwards > 0).tolist() == [arm == "t below 500" for arm in table.arm]
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--seed 2", ["--seed ", "--seeds"]),
+    ("--run x", ["--run", "--out"]),
+    ("--preset sd15", ["--preset"]),
+    ("--iters 2", ["--iters"]),
+    ("--sedes 2", ["--sedes"]),
+    ("--draws 0", ["--draws 0"]),
+    ("--seeds -1", ["--seeds -1"]),
+    ("--workers 0", ["--workers 0"]),
+    ("--questions nope", ["nope", "rivals"]),
+    ("--out {file}/x", ["--out", "no folder"]),
+    ("--tune --lr 0", ["--lr 0"]),
+])
+def test_what_the_study_cannot_do_is_said_before_anything_is_made(flags, words, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    argv = ["--out", str(tmp_path / "study"), *flags.format(file=file).split()]
+    with pytest.raises(UserError) as error:
+        command.main(argv)
+    refused(str(error.value), *words)
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_plan_of_the_whole_study_makes_no_folder(tmp_path, capsys):
+    command.main(["--plan", "--out", str(tmp_path / "study"), "--seeds", "1"])
+    last = capsys.readouterr().out.splitlines()[-2].split()
+    assert last[:3] == ["in", "all", str(len(questions.ARMS))]
+    assert not (tmp_path / "study").exists()
 
 
 # ---- answers ----

@@ -1,7 +1,8 @@
 """Which UNet and VAE a run uses: their configs, without their weights, and their arithmetic.
 
-Both are read from the model's config files, a few kB. Where these cannot be had the preset's own
-architecture, which is known, stands in. The tests make small random pipelines of the known ones.
+Both are read from the model's config files, a few kB; those of the presets' own models are known.
+Where the files cannot be had the preset's own architecture stands in. The tests make small random
+pipelines of the known ones.
 """
 
 import dataclasses
@@ -10,11 +11,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig
+from huggingface_hub import HfApi, try_to_load_from_cache
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lib import diffusion, models
 from lib.run import UserError
-from lib.settings import Settings, has_reference
+from lib.settings import PRESETS, Settings, has_reference
 
 # ---- the known architectures ----
 
@@ -46,6 +48,16 @@ SD_VAE = {
 }
 CLIP_TOKENS = 77
 
+# Numbers in the text encoders: CLIP ViT-L/14's, and SDXL's OpenCLIP ViT-bigG/14 beside it.
+SD15_TEXT = 123_060_480
+SDXL_TEXT = SD15_TEXT + 694_659_840
+
+# The models whose architecture needs no look: those of the presets.
+KNOWN = {
+    PRESETS["sd15"]["model"]: ("SD1.5", SD15_UNET, SD15_TEXT),
+    PRESETS["sdxl"]["model"]: ("SDXL", SDXL_UNET, SDXL_TEXT),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
@@ -55,6 +67,7 @@ class Architecture:
     vae: dict
     tokens: int
     source: str
+    text_weights: int = 0       # numbers in the text encoders
 
     @property
     def factor(self) -> int:
@@ -62,21 +75,33 @@ class Architecture:
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
 
-def architecture_of(s: Settings) -> Architecture:
-    """The architecture of a run's model."""
+def architecture_of(s: Settings, ask_hub: bool = True) -> Architecture:
+    """The architecture of a run's model.
+
+    The presets' own models are known. Another one's config files are read where they are within
+    reach, also on the hub if `ask_hub`; else that of the preset's own model stands in.
+    """
+    if s.model in KNOWN and not is_at_hand(s.model):
+        return known(s.model, f"the known architecture of {KNOWN[s.model][0]}")
     try:
-        check_reach(s.model)
+        if not is_at_hand(s.model):
+            check_hub(s.model, ask_hub)
         return read_architecture(s)
     except (OSError, ValueError) as error:
-        if s.preset == "tiny":
-            reason = str(error).splitlines()[0]
-            raise UserError(f"cannot read the config files of {s.model}: {reason}") from None
+        reason = str(error).splitlines()[0]
 
-    unet, name = SD15_UNET, "SD1.5"
-    if s.preset == "sdxl":
-        unet, name = SDXL_UNET, "SDXL"
-    source = f"the known architecture of {name} ({s.model} is not within reach)"
-    return Architecture(unet, SD_VAE, CLIP_TOKENS, source)
+    model = PRESETS[s.preset]["model"]
+    if model not in KNOWN:
+        raise UserError(f"cannot read the config files of {s.model}: {reason}; give --model a "
+                        f"folder that has them, or --preset sd15 or sdxl for a model like those")
+    name = KNOWN[model][0]
+    return known(model, f"the known architecture of {name} ({s.model} is not within reach)")
+
+
+def known(model: str, source: str) -> Architecture:
+    """The architecture of a preset's model."""
+    _, unet, text_weights = KNOWN[model]
+    return Architecture(unet, SD_VAE, CLIP_TOKENS, source, text_weights)
 
 
 def read_architecture(s: Settings) -> Architecture:
@@ -84,25 +109,43 @@ def read_architecture(s: Settings) -> Architecture:
     folder = models.local_or_hub(s.model)
     unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
     text = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
-    if s.vae:
+    text_weights = count_text_weights(CLIPTextModel, text)
+    if unet.get("addition_embed_type") == "text_time":
+        second = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2")
+        text_weights += count_text_weights(CLIPTextModelWithProjection, second)
+
+    if is_at_hand(s.vae):
         vae = AutoencoderKL.load_config(models.local_or_hub(s.vae))
     else:
         vae = AutoencoderKL.load_config(folder, subfolder="vae")
-    return Architecture(unet, vae, text.max_position_embeddings, f"{s.model}'s config files")
+    source = f"{s.model}'s config files"
+    return Architecture(unet, vae, text.max_position_embeddings, source, text_weights)
 
 
-def check_reach(name: str) -> None:
-    """Raise OSError if a model is neither a folder, nor in the hub's cache, nor on the hub.
+def count_text_weights(kind: type, config: CLIPTextConfig) -> int:
+    """Numbers in a text encoder."""
+    with torch.device("meta"):
+        encoder = kind(config)
+    return sum(parameter.numel() for parameter in encoder.parameters())
+
+
+def is_at_hand(name: str) -> bool:
+    """Whether a model is a folder or in the hub's cache; "" is not."""
+    if not name:
+        return False
+    if Path(models.local_or_hub(name)).is_dir():
+        return True
+    files = ("unet/config.json", "config.json")
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+
+
+def check_hub(name: str, ask_hub: bool) -> None:
+    """Raise OSError if a model is not on the hub, or the hub is not to be asked.
 
     Loading a file of such a model would try again for half a minute before it says so.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if Path(models.local_or_hub(name)).is_dir():
-        return
-    if isinstance(try_to_load_from_cache(name, "unet/config.json"), str):
-        return
-
+    if not ask_hub:
+        raise OSError("the hub was not asked")
     try:
         HfApi().model_info(name, timeout=10)
     except Exception as error:  # each network library raises its own kinds

@@ -21,17 +21,21 @@ def counts(s: Settings) -> pd.DataFrame:
     """
     rows = [count_seed(s)]
     if not s.start:
-        rows.append(count_training(s, 0, s.seed_pairs))
+        rows.append(count_training(s, 0, 0, s.seed_pairs))
 
+    # Where Iter0 is given, it is round 1 that first trains on the human pairs.
+    new_human = s.seed_pairs if s.start else 0
     for k in range(1, s.iters + 1):
         self_pairs = 0
         if s.alpha > 0:
             self_pairs = round_prompts(s, k)
             rows.append(count_candidates(s, k))
             rows.append(count_ranking(s, k))
-        rows.append(count_training(s, k, self_pairs))
+        rows.append(count_training(s, k, self_pairs, new_human))
+        new_human = 0
 
-    rows.append(count_evaluation(s))
+    # The base, Iter0 and the model of every round paint the same prompts.
+    rows.append(count_evaluation(s, s.iters + 2))
 
     table = pd.DataFrame(rows, columns=["stage", "iter", *COUNTS])
     table[COUNTS] = table[COUNTS].fillna(0).astype("int64")
@@ -72,23 +76,22 @@ def count_ranking(s: Settings, k: int) -> dict:
     return row
 
 
-def count_training(s: Settings, k: int, new_pairs: int) -> dict:
-    """Stage 04 of round K, with `new_pairs` that no earlier training saw.
+def count_training(s: Settings, k: int, self_pairs: int, new_human: int) -> dict:
+    """Stage 04 of round K, with its self-made pairs, and human ones that no earlier training saw.
 
     Where pairs are mirrored, the mirror images of the new ones are still to be encoded.
     """
     training = load_stage("04")
-    steps = training.steps_of(s, k, s.seed_pairs, new_pairs)
+    steps = training.steps_of(s, k, s.seed_pairs, self_pairs)
     row = {"stage": "04_train_dpo", "iter": k, "optimizer_steps": steps}
     row["unet_forwards"] = steps * s.batch * training.forwards_per_pair(s)
     if s.flip:
-        row["encodes"] = 2 * new_pairs
+        row["encodes"] = 2 * (self_pairs + new_human)
     return row
 
 
-def count_evaluation(s: Settings) -> dict:
-    """Stage 05: the base, Iter0 and the model of every round paint the same prompts."""
-    models = s.iters + 2
+def count_evaluation(s: Settings, models: int) -> dict:
+    """Stage 05: so many models paint the same prompts."""
     images = models * eval_prompts(s) * s.eval_seeds
     return {"stage": "05_eval", **count_painting(s, images)}
 
@@ -98,7 +101,7 @@ def count_evaluation(s: Settings) -> dict:
 def count_painting(s: Settings, images: int) -> dict:
     """Pictures from noise; guidance asks the UNet twice a step, with the prompt and without."""
     forwards_a_step = 1
-    if s.cfg_scale != 1:
+    if s.cfg_scale > 1:
         forwards_a_step = 2
     forwards = images * s.sample_steps * forwards_a_step
     return {"images": images, "unet_forwards": forwards, "decodes": images}

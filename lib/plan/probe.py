@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from lib import diffusion, lora, models
 from lib.plan.architecture import (Architecture, count_flops, pair_arithmetic, random_inputs,
                                    without_weights)
+from lib.plan.memory import ranked_at_once
 from lib.plan.stages import load_stage
 from lib.run import UserError
 from lib.settings import Settings, has_reference
@@ -38,6 +39,8 @@ class Probe:
     peak        highest memory in bytes of each of these calls; empty on other devices than CUDA
     notes       what was measured, in lines of text
     parameters  of the UNet
+    where       the device's name
+    capacity    its memory in bytes
     ceiling     FLOP per second of a large matrix product
     """
 
@@ -46,6 +49,11 @@ class Probe:
         self.architecture = architecture
         self.device = models.device_of(s)
         self.dtype = models.dtype_of(s)
+        self.where = self.device.type
+        self.capacity = psutil.virtual_memory().total
+        if self.device.type == "cuda":
+            card = torch.cuda.get_device_properties(self.device)
+            self.where, self.capacity = card.name, card.total_memory
         self.ceiling = matmul_rate(self.device, self.dtype)
         self.parameters = 0
         self.seconds: dict[str, float] = {}
@@ -123,12 +131,11 @@ class Probe:
         if self.s.compile == "on":
             unet.compile()
 
-        # Guidance doubles a sampler's batch; a batch of ranking holds whole prompts.
+        # Guidance doubles a sampler's batch.
         sampled = self.s.sample_batch
-        if self.s.cfg_scale != 1:
+        if self.s.cfg_scale > 1:
             sampled *= 2
-        of_prompt = self.s.candidates * self.s.draws
-        ranked = max(1, self.s.rank_batch // of_prompt) * of_prompt
+        ranked = ranked_at_once(self.s)
 
         self.time_unet(unet, "sample", sampled)
         call = self.size_of_call("sample", "unet", sampled)

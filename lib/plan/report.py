@@ -3,40 +3,43 @@
 A `row` here is a dict of lib/plan/counts.py's table: the stage, its round and what it counts.
 """
 
+import shlex
 from collections.abc import Callable
 
 import pandas as pd
-import torch
 
-from lib import models
-from lib.plan.architecture import Architecture, architecture_of, pair_arithmetic
-from lib.plan.counts import counts, eval_prompts
+from lib.plan.architecture import architecture_of, pair_arithmetic
+from lib.plan.cards import Card, Estimate
+from lib.plan.counts import counts
+from lib.plan.disk import bytes_needed, checkpoint_bytes, disk_of, downloads, free_disk
+from lib.plan.memory import FITS, Memory, smaller
+from lib.plan.pilot import WATCH, command_of, pilot_of, targets
 from lib.plan.probe import Probe
-from lib.settings import Settings, has_reference, round_prompts
-
-# Bytes per pixel of a photograph as run.save_image writes it; bytes of a safetensors file's header.
-PNG, JPEG = 2.0, 0.7
-HEADER = 150
+from lib.settings import Settings, flag
 
 # The columns that are numbers of things, and their titles.
 WHOLE_NUMBERS = {"images": "images", "unet_forwards": "UNet forwards", "optimizer_steps": "steps"}
 
 
-def plan(s: Settings, processes: int) -> tuple[pd.DataFrame, Probe]:
-    """The table counts(s) with `tflop`, `disk_bytes` and `hours` on `processes` devices like this.
+def plan(s: Settings, processes: int,
+         card: Card | None = None) -> tuple[pd.DataFrame, Probe | Estimate, Memory]:
+    """The table counts(s) with `tflop`, `disk_bytes`, `hours`, and the memory of each stage.
 
-    Returned beside it is the probe from which they follow.
+    The hours are those of `processes` devices like this one, or like the card if one is given.
+    Returned beside the table is what they follow from.
     """
-    table = counts(s)
     architecture = architecture_of(s)
-    probe = Probe(s, architecture).run()
+    speed = Probe(s, architecture).run() if card is None else Estimate(s, architecture, card)
+    memory = Memory(s, architecture, speed.device.type == "cuda")
 
-    tflop, disk_bytes, hours = [], [], []
-    for row in table.to_dict("records"):
-        tflop.append(arithmetic_of(s, probe.flops, row) / 1e12)
-        disk_bytes.append(disk_of(s, architecture, probe.parameters, row))
-        hours.append(hours_of(s, probe.seconds, row) / processes)
-    return table.assign(tflop=tflop, disk_bytes=disk_bytes, hours=hours), probe
+    table = counts(s)
+    rows = table.to_dict("records")
+    table["tflop"] = [arithmetic_of(s, speed.flops, row) / 1e12 for row in rows]
+    table["disk_bytes"] = [disk_of(s, architecture, speed.parameters, row) for row in rows]
+    table["hours"] = [hours_of(s, speed.seconds, row) / processes for row in rows]
+    table["device_bytes"] = table.stage.map(memory.device)
+    table["host_bytes"] = table.stage.map(memory.host)
+    return table, speed, memory
 
 
 # ---- what a stage costs ----
@@ -68,145 +71,116 @@ def arithmetic_of(s: Settings, flops: Callable[[str], float], row: dict) -> floa
     return unet + row["encodes"] * flops("encode") + row["decodes"] * flops("decode")
 
 
-def disk_of(s: Settings, architecture: Architecture, parameters: int, row: dict) -> int:
-    """Bytes that a stage leaves behind: pictures, latents, prompt embeddings, a UNet in float32."""
-    stage = row["stage"]
-    from_outside = stage == "01_seed" and s.pairs != "world"
-
-    # People's own pictures stay JPEG; painted ones are PNG.
-    bytes_per_pixel = PNG
-    if from_outside:
-        bytes_per_pixel = JPEG
-    size = row["images"] * s.resolution ** 2 * bytes_per_pixel
-
-    # Of an encoded picture the mean and the std of its posterior are kept.
-    side = s.resolution // architecture.factor
-    values = architecture.vae["latent_channels"] * side ** 2
-    itemsize = models.dtype_of(s).itemsize
-    size += row["encodes"] * (2 * itemsize * values + HEADER)
-
-    # Of a painted one the sampler's own latent, in float32; the evaluation keeps none.
-    keeps_latents = stage == "02_generate" or (stage == "01_seed" and not from_outside)
-    if keeps_latents:
-        size += row["images"] * (4 * values + HEADER)
-
-    if stage == "01_seed":
-        size += count_prompts(s) * itemsize * values_of_prompt(architecture)
-    if stage == "04_train_dpo":
-        size += 4 * parameters
-    return int(size)
-
-
-def count_prompts(s: Settings) -> int:
-    """The prompts of a run, whose embeddings stage 01 keeps."""
-    total = s.seed_pairs + s.holdout_pairs + eval_prompts(s)
-    for k in range(1, s.iters + 1):
-        total += round_prompts(s, k)
-    return total
-
-
-def values_of_prompt(architecture: Architecture) -> int:
-    """Numbers in a prompt's embedding, with SDXL's pooled one."""
-    unet = architecture.unet
-    pooled = unet.get("projection_class_embeddings_input_dim") or 0
-    return architecture.tokens * unet["cross_attention_dim"] + pooled
-
-
-# ---- memory ----
-
-def describe_memory(s: Settings, probe: Probe) -> str:
-    """What training holds for every weight and, on CUDA, the measured peaks beside the card."""
-    parts = bytes_in_training(s, probe)
-    words = [f"{name} {in_gb(size)}" for name, size in parts.items() if size]
-    total = in_gb(sum(parts.values()))
-    text = f"memory in training: {' + '.join(words)} = {total} and activations"
-    if probe.device.type != "cuda":
-        return f"{text} (measured on CUDA only)"
-
-    card = torch.cuda.get_device_properties(probe.device).total_memory
-    peaks = ", ".join(f"{name} {in_gb(size)}" for name, size in probe.peak.items())
-    verdict = "does NOT fit"
-    if max(probe.peak.values()) < 0.95 * card:
-        verdict = "fits"
-    return f"{text}\nmeasured peaks: {peaks}; the card has {in_gb(card)}: {verdict}"
-
-
-def bytes_in_training(s: Settings, probe: Probe) -> dict[str, int]:
-    """Bytes of policy, reference, gradients and optimizer.
-
-    Trained weights, their gradients and AdamW's two states are float32, frozen weights are in the
-    run's dtype. An adapter (LoRA) is too small to count, and so are Adafactor's states.
-    """
-    frozen = probe.parameters * probe.dtype.itemsize
-    trained = 4 * probe.parameters
-    if s.lora_rank:
-        return {"policy": frozen}
-
-    parts = {"policy": trained}
-    if has_reference(s):
-        parts["reference"] = frozen
-    parts["gradients"] = trained
-    if s.optimizer == "adamw":
-        parts["optimizer"] = 2 * trained
-    return parts
-
-
-def checkpoint_bytes(s: Settings, probe: Probe) -> int:
-    """Disk that checkpoints take while a model trains: two, as one goes when the next is whole."""
-    # A checkpoint holds the trained weights, in float32, and the states of AdamW.
-    bytes_of_weight = 12
-    if s.lora_rank:
-        bytes_of_weight = 0
-    elif s.optimizer == "adafactor":
-        bytes_of_weight = 4
-    return 2 * bytes_of_weight * probe.parameters
+def hours_of_run(s: Settings, seconds: dict[str, float], processes: int) -> float:
+    """Hours of all stages together."""
+    return sum(hours_of(s, seconds, row) for row in counts(s).to_dict("records")) / processes
 
 
 def in_gb(size: float) -> str:
     """A number of bytes in words."""
     if size < 1e10:
         return f"{size / 1e9:.2g} GB"
-    return f"{size / 1e9:.0f} GB"
+    return f"{size / 1e9:,.0f} GB"
 
 
 # ---- the printed report ----
 
-def print_report(s: Settings, table: pd.DataFrame, probe: Probe, processes: int) -> None:
-    """The plan's table, and below it what was measured and what is left out."""
-    # Whose hours these are.
-    device = probe.device.type
-    if device == "cuda":
-        device = torch.cuda.get_device_name()
-    dtype = str(probe.dtype).removeprefix("torch.")
-    print(f"plan of preset {s.preset} on {processes} x {device}, {dtype}; "
-          f"from {probe.architecture.source}, with random weights")
+def print_report(s: Settings, table: pd.DataFrame, speed: Probe | Estimate, memory: Memory,
+                 processes: int, argv: list[str]) -> None:
+    """The plan's table, and below it what it follows from, memory, disk, downloads and a pilot.
 
+    `argv` is the command line, from which that of the pilot is made.
+    """
+    dtype = str(speed.dtype).removeprefix("torch.")
+    print(f"plan of preset {s.preset} on {processes} x {speed.where}, {dtype}; "
+          f"from {speed.architecture.source}")
     total = sum_up(table)
     shown = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
     print(readable(shown).to_string(index=False))
 
-    # What does not depend on the device.
-    forward, encode, decode = [probe.flops(what) / 1e12 for what in ("unet", "encode", "decode")]
+    # What does not depend on the device, and what does.
+    forward, encode, decode = [speed.flops(what) / 1e12 for what in ("unet", "encode", "decode")]
     at_100 = total["tflop"] / 100 / 3600
     print(f"one picture: UNet forward {forward:.3g} TFLOP, VAE encode {encode:.3g}, "
           f"decode {decode:.3g}; all of it at 100 TFLOP/s: {at_100:,.2g} hours")
-
-    # What does.
-    print("measured here:")
-    for note in probe.notes:
+    print("the hours:")
+    for note in speed.notes:
         print(f"  {note}")
-    print(describe_memory(s, probe))
+    print("  not in them: scores of stage 05 (nor is their memory in the table), prompt "
+          "embeddings, downloads, files, starting Python")
 
-    checkpoints = checkpoint_bytes(s, probe) / 1e9
-    print(f"while a model trains its checkpoint takes up to {checkpoints:.1f} GB more disk")
-    print("not in the hours: scores of stage 05, prompt embeddings, downloads, files, "
-          "starting Python")
+    for line in (*describe_memory(s, speed, memory), describe_disk(s, speed.parameters),
+                 describe_downloads(s, speed), *describe_pilot(s, speed, processes, argv)):
+        print(line)
+
+
+def describe_memory(s: Settings, speed: Probe | Estimate, memory: Memory) -> list[str]:
+    """What training holds for every weight, the highest peak, and whether it fits."""
+    parts = memory.held_in_training(s) | {"activations": memory.activations(s)}
+    words = [f"{name} {in_gb(size)}" for name, size in parts.items()]
+    lines = [f"memory in training: {' + '.join(words)} = {in_gb(sum(parts.values()))}"]
+
+    # What was measured counts; the rest is counted from the model's shapes.
+    peaks = speed.peak or memory.device
+    if speed.peak:
+        told = ", ".join(f"{name} {in_gb(size)}" for name, size in peaks.items())
+        lines.append(f"measured peaks: {told}")
+    highest = max(peaks.values())
+    if highest <= FITS * speed.capacity:
+        lines.append(f"the highest peak, {in_gb(highest)}, fits into {speed.where}'s "
+                     f"{in_gb(speed.capacity)}")
+        return lines
+
+    advice = "no setting of this project does; take a larger one"
+    changes = smaller(memory, speed.capacity)
+    if changes:
+        advice = "this does: " + as_flags(changes)
+    lines.append(f"the highest peak, {in_gb(highest)}, does NOT fit into {speed.where}'s "
+                 f"{in_gb(speed.capacity)}; {advice}")
+    return lines
+
+
+def as_flags(changes: dict) -> str:
+    """Settings as the command line has them."""
+    return " ".join(f"{flag(name)} {value}" for name, value in changes.items())
+
+
+def describe_disk(s: Settings, parameters: int) -> str:
+    """What the run still needs, beside what is free."""
+    needed = bytes_needed(s)
+    free, folder = free_disk(s)
+    verdict = "enough" if needed < free else "NOT enough; give another disk's folder with --run"
+    return (f"disk: {in_gb(needed)} still to be written, {in_gb(checkpoint_bytes(s, parameters))} "
+            f"of it a training's checkpoints; {folder} has {in_gb(free)} free: {verdict}")
+
+
+def describe_downloads(s: Settings, speed: Probe | Estimate) -> str:
+    """What is fetched, as far as it is not here."""
+    parts = downloads(s, speed.architecture, speed.parameters)
+    words = [f"{name} {in_gb(size)}" for name, size in parts.items()]
+    return f"downloads, about: {', '.join(words) or 'none'}"
+
+
+def describe_pilot(s: Settings, speed: Probe | Estimate, processes: int,
+                   argv: list[str]) -> list[str]:
+    """A pilot of a long run, what to look for in it, and the paper's numbers."""
+    def hours(settings: Settings) -> float:
+        return hours_of_run(settings, speed.seconds, processes)
+
+    pilot = pilot_of(s, hours)
+    if pilot is None:
+        return []
+    lines = [f"a pilot first, {hours(pilot):,.1f} of {hours(s):,.0f} hours:",
+             f"  {shlex.join(command_of(pilot, s, argv))}", "before the rest is spent, look for:"]
+    lines += [f"  - {line}" for line in WATCH]
+    return lines + targets(s.preset)
 
 
 def sum_up(table: pd.DataFrame) -> dict:
-    """The table's last row: the whole run."""
+    """The table's last row: the whole run, of memory the highest peak."""
     total = table[[*WHOLE_NUMBERS, "tflop", "disk_bytes", "hours"]].sum().to_dict()
-    return {"stage": "in all", **total}
+    peaks = table[["device_bytes", "host_bytes"]].max().to_dict()
+    return {"stage": "in all", **total, **peaks}
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -221,5 +195,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         cells["TFLOP"] = f"{row['tflop']:,.0f}" if row["tflop"] >= 100 else f"{row['tflop']:,.1f}"
         cells["disk, GB"] = f"{row['disk_bytes'] / 1e9:,.2f}"
         cells["hours"] = f"{row['hours']:,.1f}" if row["hours"] >= 1 else f"{row['hours']:.2g}"
+        cells["device, GB"] = f"{row['device_bytes'] / 1e9:,.1f}"
+        cells["host, GB"] = f"{row['host_bytes'] / 1e9:,.1f}"
         rows.append(cells)
     return pd.DataFrame(rows)

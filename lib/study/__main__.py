@@ -14,6 +14,7 @@ keeps base's alignment. The evaluation prompts are fresh.
     ./run_sail.sh study                                     everything: under 3 hours on 2 cores
     ./run_sail.sh study --questions rivals --seeds 2        a part of it
     ./run_sail.sh study --tune                              how TUNED was found
+    ./run_sail.sh study --plan                              what it would cost; makes nothing
 
 Settings of a run, such as --draws 4, may follow: all arms then have them.
 """
@@ -23,16 +24,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from lib.run import run_stage, write_table
-from lib.settings import ROOT
-from lib.study import answers, judge
+from lib.settings import ROOT, Parser, require
+from lib.settings import build_parser as settings_parser
+from lib.study import answers, cost, judge
 from lib.study.questions import ARMS, QUESTIONS, Question
-from lib.study.runner import Job, folder_of, run_all
-from lib.study.tune import tune
+from lib.study.runner import Job, folder_of, planned_settings, run_all
+from lib.study.tune import all_jobs, tune
+
+# The study gives these settings to every run itself; what to give instead.
+OWN_SETTINGS = {"seed": "--seeds N is the number of run seeds", "run": "--out names the folder",
+                "preset": "the study is of the embedded world",
+                "iters": "an arm has its own rounds (lib/study/questions.py)"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="run_sail.sh study", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="run_sail.sh study", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--questions", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS))
     parser.add_argument("--seeds", type=int, default=0,
@@ -40,7 +47,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="runs at once")
     parser.add_argument("--tune", action="store_true",
                         help="try GRID for every arm of TUNE_ARMS instead")
+    parser.add_argument("--plan", action="store_true",
+                        help="print what is still to be run and what it costs, and stop")
     return parser
+
+
+def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The study's own options, and settings of a run that all arms are to have.
+
+    UserError: a flag is neither, or a setting that the study gives itself.
+    """
+    options, more = build_parser().parse_known_args(argv)
+    require(options.seeds >= 0, f"--seeds {options.seeds}: must not be negative")
+    require(options.workers >= 1, f"--workers {options.workers}: must be at least 1")
+
+    place = next(folder for folder in (options.out, *options.out.absolute().parents)
+                 if folder.exists())
+    require(place.is_dir(), f"--out {options.out}: {place} is no folder; name another one")
+
+    given = vars(settings_parser("").parse_args(more))
+    for name, instead in OWN_SETTINGS.items():
+        require(name not in given, f"--{name} is not for the study: {instead}")
+    return options, more
 
 
 def choose_questions(names: list[str], seeds: int) -> dict[str, Question]:
@@ -78,15 +106,25 @@ def ended_early(failed: dict[tuple[str, int], str], question: Question) -> dict[
 
 
 def main(argv: list[str]) -> None:
-    options, more = build_parser().parse_known_args(argv)
+    options, more = read_arguments(argv)
     out = options.out
+    questions = choose_questions(options.questions, options.seeds)
+    jobs = jobs_of(questions, more)
+    runs = [(out, job) for job in jobs]
+    if options.tune:
+        runs = all_jobs(out, more)
+
+    # What no run could have is refused before the first one is begun.
+    for folder, job in runs:
+        planned_settings(folder, job)
+    if options.plan:
+        cost.print_plan(runs)
+        return
     if options.tune:
         tune(out, options.workers, more)
         return
 
     # Run what the questions need.
-    questions = choose_questions(options.questions, options.seeds)
-    jobs = jobs_of(questions, more)
     failed = run_all(out, jobs, options.workers)
 
     # Gather what the runs say.

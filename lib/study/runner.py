@@ -14,15 +14,17 @@ import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from lib.lend import COMMON_FILES, agree, equal_steps, files_at, lend
 from lib.plan.stages import load_stage
 from lib.run import UserError, write_text
-from lib.settings import Settings, load
+from lib.settings import PRESETS, Settings, build_parser, check, load
 from lib.study.questions import ARMS, COMMON, ROUNDS, TUNED, method_of
 
 
@@ -51,46 +53,21 @@ def settings_of(out: Path, job: Job) -> list[str]:
     return [*run, *COMMON.split(), *arm.split(), *tuned.split(), *job.more]
 
 
+def planned_settings(out: Path, job: Job) -> Settings:
+    """The settings that a run will have, checked before any folder is made."""
+    given = vars(build_parser("").parse_args(settings_of(out, job)))
+    s = Settings(**PRESETS[given.get("preset", "tiny")] | given)
+
+    # A model to start from may be one that another arm is still to make.
+    check(dataclasses.replace(s, start=""))
+    return s
+
+
 # ---- what two runs share ----
-
-@dataclass(frozen=True)
-class Step:
-    """A step of a run: the settings that decide what it makes, and the files it leaves.
-
-    Two runs make the same of a step, bit for bit, if they agree in its settings and in those of
-    all steps before it. Paths are patterns within the run folder.
-    """
-
-    settings: tuple[str, ...]
-    files: tuple[str, ...]
-
 
 # By these the world's captions are dealt out, and their pictures painted.
 CAPTIONS = ("seed", "holdout_pairs", "iter_prompts", "iters", "sampler", "sample_steps",
             "cfg_scale", "model")
-HUMAN_PAIRS = Step(
-    settings=(*CAPTIONS, "seed_pairs", "label_noise", "eval_prompts", "eval_count"),
-    files=("seed", "prompts.parquet", "benchmarks.parquet"),
-)
-ITER0 = Step(
-    settings=("beta", "lr", "loss", "iter0_steps", "start", "batch", "lora_rank", "flip",
-              "optimizer", "warmup", "weight_decay", "prompt_dropout"),
-    files=("iter0", "eval/*/Iter0-*"),
-)
-CANDIDATES = Step(
-    settings=("candidates",),
-    files=("iter1/candidates.parquet", "iter1/images", "iter1/latents"),
-)
-
-# The anchor is no setting of this: that of round 1 is always the base.
-RANKING = Step(
-    settings=("reward", "draws", "rank_t_min", "rank_t_max", "reward_weights", "select"),
-    files=("iter1/pairs.parquet", "iter1/rewards.parquet", "iter1/*draws.parquet",
-           "iter1/judge.json", "iter1/preview.png"),
-)
-
-# These depend on no setting that an arm changes.
-COMMON_FILES = ("embeds", "eval/*/base-*")
 
 
 def share(source: Path, target: Path, rounds: int) -> None:
@@ -109,27 +86,7 @@ def share(source: Path, target: Path, rounds: int) -> None:
         files += files_of_rounds(source, rounds)
     files += first_pictures(source, mine, theirs)
 
-    # A table says that its stage is done, so tables come last.
-    files.sort(key=is_table)
-    for file in files:
-        copy = target / file.relative_to(source)
-        if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            os.link(file, copy)
-
-
-def equal_steps(source: Path, mine: Settings, theirs: Settings) -> list[Step]:
-    """The first steps in which two runs are equal and which `source` still has all files of."""
-    steps = [HUMAN_PAIRS, ITER0]
-    if mine.alpha > 0:
-        steps += [CANDIDATES, RANKING]
-
-    equal = []
-    for step in steps:
-        if not agree(mine, theirs, step.settings) or not has_all(source, step.files):
-            break
-        equal.append(step)
-    return equal
+    lend(files, source, target)
 
 
 def same_arm(mine: Settings, theirs: Settings) -> bool:
@@ -166,30 +123,6 @@ def settings_of_run(run: Path) -> Settings:
     return s
 
 
-def agree(mine: Settings, theirs: Settings, names: Iterable[str]) -> bool:
-    """Whether two runs have the same values of some settings."""
-    return all(getattr(mine, name) == getattr(theirs, name) for name in names)
-
-
-def has_all(run: Path, patterns: Iterable[str]) -> bool:
-    """Whether a run has something for each of the patterns."""
-    return all(any(run.glob(pattern)) for pattern in patterns)
-
-
-def files_at(run: Path, patterns: Iterable[str]) -> list[Path]:
-    """The files that patterns name, or that lie in the folders they name."""
-    files = []
-    for pattern in patterns:
-        for path in run.glob(pattern):
-            files += [file for file in (path, *path.rglob("*")) if file.is_file()]
-    return files
-
-
-def is_table(file: Path) -> bool:
-    """Whether a file is a table of a stage."""
-    return file.suffix == ".parquet"
-
-
 # ---- running ----
 
 def run_arm(out: Path, job: Job, lenders: Iterable[Path] = ()) -> str:
@@ -199,16 +132,13 @@ def run_arm(out: Path, job: Job, lenders: Iterable[Path] = ()) -> str:
     this one is not made again. What the stages print goes to the run's log.txt.
     """
     folder = folder_of(out, job.arm, job.seed)
-    given = settings_of(out, job)
-    stamp = json.dumps([given, list(job.rows)])
-    done = folder / "done.json"
-    if done.exists() and done.read_text() == stamp:
+    if is_done(out, job):
         return f"{folder.name}: there"
 
     # The folder with its settings, and what others have made of it.
     arm = ARMS[job.arm]
     folder.mkdir(parents=True, exist_ok=True)
-    s, _ = load(given, "", create=True)
+    s, _ = load(settings_of(out, job), "", create=True)
     for other in finished_runs((out, *lenders), job.seed):
         if other != folder:
             share(other, folder, arm.rounds)
@@ -220,8 +150,19 @@ def run_arm(out: Path, job: Job, lenders: Iterable[Path] = ()) -> str:
     # done.json comes last: from then on the run lends to others, and is not touched again.
     if not arm.keeps_candidates:
         remove_candidates(folder, arm.rounds)
-    write_text(stamp, done)
+    write_text(stamp_of(out, job), folder / "done.json")
     return f"{folder.name}: done"
+
+
+def stamp_of(out: Path, job: Job) -> str:
+    """What a finished run's done.json holds: the settings and rows that it was made with."""
+    return json.dumps([settings_of(out, job), list(job.rows)])
+
+
+def is_done(out: Path, job: Job) -> bool:
+    """Whether a run is finished, with these very settings and rows."""
+    done = folder_of(out, job.arm, job.seed) / "done.json"
+    return done.is_file() and done.read_bytes() == stamp_of(out, job).encode()
 
 
 def finished_runs(places: Iterable[Path], seed: int) -> list[Path]:
@@ -249,17 +190,21 @@ def run_rounds(folder: Path, rounds: int, alpha: float) -> None:
 
 def evaluate(folder: Path, job: Job) -> None:
     """Stage 05 on the base, Iter0, the last model or that of every round, and further rows."""
-    arm = ARMS[job.arm]
-    rounds = {0, arm.rounds}
-    if arm.every_round:
-        rounds = range(arm.rounds + 1)
-    models = ["base", *(f"Iter{k}" for k in sorted(rounds))]
-
     # The study draws figures of its own; a run's page is made by stage 05 without --scores-only.
+    models = models_of(job)
     arguments = ["--run", str(folder), "--scores-only", "--only", ",".join(models)]
     for row in job.rows:
         arguments += ["--row", row]
     load_stage("05").main(arguments)
+
+
+def models_of(job: Job) -> list[str]:
+    """The models of a run that are evaluated: the base, Iter0, and the last or all rounds'."""
+    arm = ARMS[job.arm]
+    rounds = {0, arm.rounds}
+    if arm.every_round:
+        rounds = range(arm.rounds + 1)
+    return ["base", *(f"Iter{k}" for k in sorted(rounds))]
 
 
 def remove_candidates(folder: Path, rounds: int) -> None:
@@ -293,6 +238,11 @@ def run_all(out: Path, jobs: Iterable[Job], workers: int,
                     bar.set_postfix_str(future.result())
                 except UserError as error:
                     failed[job.arm, job.seed] = str(error)
+                except BrokenProcessPool:
+                    raise UserError(
+                        f"{out}: a worker of the study was killed, for want of memory perhaps; "
+                        f"the same command continues, and takes less with --workers 1"
+                    ) from None
                 bar.update()
     return failed
 

@@ -32,13 +32,7 @@ def tune(out: Path, workers: int, more: list[str]) -> None:
 
 def try_setting(out: Path, number: int, setting: str, workers: int, more: list[str]) -> list[dict]:
     """Run all arms with one setting; a row for each arm and control that came to an end."""
-    settings = (*setting.split(), *TUNE_PROMPTS.split(), *more)
-    jobs = []
-    for arm in TUNE_ARMS:
-        controls = ()
-        if arm == CONTROLLED:
-            controls = tuple(row for kind in CONTROL_GRID.values() for row in kind)
-        jobs.append(Job(arm, TUNE_SEED, settings, controls))
+    jobs = jobs_of(setting, more)
 
     # The first setting's runs have the human pairs and the base's evaluation already.
     failed = run_all(out / str(number), jobs, workers, lenders=[out / "0"])
@@ -53,6 +47,27 @@ def try_setting(out: Path, number: int, setting: str, workers: int, more: list[s
             rows.append({"arm": name, "model": model, "setting": setting,
                          **gains.loc[model].to_dict()})
     return rows
+
+
+def all_jobs(out: Path, more: list[str]) -> list[tuple[Path, Job]]:
+    """Every run of the grid, and the folder that its run folder lies in."""
+    jobs = []
+    for number, setting in enumerate(GRID):
+        for job in jobs_of(setting, more):
+            jobs.append((out / "tune" / str(number), job))
+    return jobs
+
+
+def jobs_of(setting: str, more: list[str]) -> list[Job]:
+    """A run of each arm with one setting."""
+    settings = (*setting.split(), *TUNE_PROMPTS.split(), *more)
+    jobs = []
+    for arm in TUNE_ARMS:
+        controls = ()
+        if arm == CONTROLLED:
+            controls = tuple(row for kind in CONTROL_GRID.values() for row in kind)
+        jobs.append(Job(arm, TUNE_SEED, settings, controls))
+    return jobs
 
 
 def models_of(arm: str) -> dict[str, str]:

@@ -1,0 +1,122 @@
+"""Cards that a plan can be made for without having one: `--plan --gpu a100`.
+
+Nothing is measured here. The hours follow from a card's arithmetic and bandwidth, as its vendor
+states them, and from an assumed share of it; `--plan` on the card itself measures them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from lib import models
+from lib.plan.architecture import Architecture, count_flops, pair_arithmetic, without_weights
+from lib.settings import Settings
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a vendor states of a card."""
+
+    name: str
+    tflops: float               # dense 16-bit tensor arithmetic, summed in float32
+    memory_gb: float            # 1e9 bytes, as `in_gb` prints them
+    gb_per_second: float        # to and from its memory
+    dtype: str = "bfloat16"     # the 16-bit numbers that it is fast on
+
+
+# Datasheets state many of these "with sparsity": that is twice what stands here. Consumer cards are
+# also stated with sums in float16, twice as fast: PyTorch sums in float32.
+CARDS = {
+    # NVIDIA B200 datasheet (HGX, per GPU).
+    "b200": Card("NVIDIA B200", 2250, 180, 7700),
+    # NVIDIA H200 and H100 datasheets, SXM; the PCIe card has 756 TFLOP/s and 2,000 GB/s.
+    "h200": Card("NVIDIA H200", 989, 141, 4800),
+    "h100": Card("NVIDIA H100 SXM", 989, 80, 3350),
+    # NVIDIA A100 datasheet, SXM.
+    "a100": Card("NVIDIA A100 80GB", 312, 80, 2039),
+    "a100-40": Card("NVIDIA A100 40GB", 312, 40, 1555),
+    # NVIDIA L40S and A10 datasheets.
+    "l40s": Card("NVIDIA L40S", 362, 48, 864),
+    "a10": Card("NVIDIA A10", 125, 24, 600),
+    # NVIDIA RTX A6000: the GA102 whitepaper; datasheet.
+    "a6000": Card("NVIDIA RTX A6000", 154.8, 48, 768),
+    # NVIDIA's architecture whitepapers: RTX Blackwell, Ada, GA102.
+    "5090": Card("NVIDIA RTX 5090", 209.5, 32, 1792),
+    "4090": Card("NVIDIA RTX 4090", 165.2, 24, 1008),
+    "3090": Card("NVIDIA RTX 3090", 71, 24, 936),
+    # NVIDIA V100 (SXM2, 32 GB) and T4 datasheets: no bfloat16.
+    "v100": Card("NVIDIA V100 32GB", 125, 32, 900, "float16"),
+    "t4": Card("NVIDIA T4", 65, 16, 320, "float16"),
+    # AMD Instinct MI300X and MI250X datasheets; of the latter one of its two dies, as PyTorch
+    # sees it.
+    "mi300x": Card("AMD Instinct MI300X", 1307, 192, 5300),
+    "mi250x": Card("AMD Instinct MI250X, one die", 191.5, 64, 1638),
+}
+
+# The card that stands in where there is none.
+DEFAULT = "h100"
+
+# ASSUMED: how much of a card's stated arithmetic a UNet or a VAE gets done (model FLOP
+# utilisation). Not measured with this project.
+SHARE = 0.3
+
+# float32 on tensor cores (TF32) has half of the 16-bit speed; before Ampere there is none, and
+# plain float32 has an eighth.
+FLOAT32 = {"bfloat16": 1 / 2, "float16": 1 / 8}
+
+# Bytes of a trained weight that a step moves: clipping reads its gradient twice and writes it once,
+# AdamW reads weight, gradient and two states and writes all but the gradient. Adafactor, which is
+# not fused, goes over the gradient again and again.
+BYTES_OF_STEP = {"adamw": 12 + 28, "adafactor": 12 + 60}
+
+
+class Estimate:
+    """What Probe measures, without the card: the same attributes, from the vendor's numbers."""
+
+    def __init__(self, s: Settings, architecture: Architecture, card: Card):
+        self.s = s
+        self.architecture = architecture
+        self.card = card
+        self.where = card.name
+        self.device = torch.device("cuda")
+        self.dtype = models.dtype_of(s)
+        self.capacity = card.memory_gb * 1e9
+        self.peak: dict[str, int] = {}
+        self.counted: dict[str, float] = {}
+
+        unet = without_weights(UNet2DConditionModel, architecture.unet)
+        self.parameters = sum(parameter.numel() for parameter in unet.parameters())
+
+        # Seconds of a picture's VAE calls and forwards, and of a pair, by arithmetic alone.
+        speed = SHARE * card.tflops * 1e12
+        if self.dtype == torch.float32:
+            speed *= FLOAT32[card.dtype]
+        forward = self.flops("unet") / speed
+        self.seconds = {
+            "encode": self.flops("encode") / speed,
+            "decode": self.flops("decode") / speed,
+            "sample": forward,
+            "rank": forward,
+            "pair": forward * pair_arithmetic(s),
+            "step": 0.,
+        }
+
+        # The optimizer's step is bound by the memory; an adapter is too small to count.
+        if not s.lora_rank:
+            moved = BYTES_OF_STEP[s.optimizer] * self.parameters
+            self.seconds["step"] = moved / (card.gb_per_second * 1e9)
+
+        self.notes = [
+            f"ASSUMED, not measured: {SHARE:.0%} of the {card.tflops:g} TFLOP/s (dense, "
+            f"{card.dtype}) that its vendor states; at {SHARE / 2:.0%} the hours double",
+            "--plan on the card itself measures them; another card: --gpu " + ", ".join(CARDS),
+        ]
+        if card.dtype == "float16":
+            self.notes.append("this card has no bfloat16: the run wants --dtype float16")
+
+    def flops(self, what: str) -> float:
+        """FLOP of a picture's "unet" forward, "encode" or "decode" at the run's resolution."""
+        if what not in self.counted:
+            self.counted[what] = count_flops(self.architecture, what, self.s.resolution)
+        return self.counted[what]
