@@ -1,0 +1,1 @@
+"""A person's taste: pairs labelled in a page, and models judged blind."""
