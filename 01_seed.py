@@ -42,8 +42,8 @@ from lib.data.folders import agreement_beside
 from lib.data.pairs import stream_pairs
 from lib.data.pictures import decode
 from lib.run import (Ledger, UserError, bar, begin, generator, inside, is_main, is_whole,
-                     open_image, run_stage, save_image, seed_of, shown, wait, write_json,
-                     write_table)
+                     open_image, read_parquet, run_stage, save_image, seed_of, shown, wait,
+                     write_json, write_table)
 from lib.sampler import paint
 from lib.settings import Settings, amend, in_world, load, needs_prompts, round_prompts
 from lib.sheets import pair_sheet, read_pictures
@@ -267,7 +267,7 @@ def encode_pairs(s: Settings, ledger: Ledger) -> tuple[pd.DataFrame, pd.DataFram
     run = Path(s.run)
     tables, pictures = [], []
     for path in (run / "seed" / "pairs.parquet", run / "seed" / "holdout.parquet"):
-        table = pd.read_parquet(path)
+        table = read_parquet(path, "01_seed.py")
         tables.append(table)
         for row, pair in enumerate(table.itertuples(), start=1):
             for image in (pair.win, pair.lose):
@@ -313,7 +313,7 @@ def write_lacking(s: Settings, tables: Iterable[pd.DataFrame], lacking: list[Pat
 
         # Its user may have dropped rows, or replaced a picture.
         columns = [column for column in table.columns if column not in ("win", "lose")]
-        saved = pd.read_parquet(path)[columns].astype(str)
+        saved = read_parquet(path, "01_seed.py")[columns].astype(str)
         rows = set(saved.itertuples(index=False, name=None))
         if not rows <= set(table[columns].astype(str).itertuples(index=False, name=None)):
             raise UserError(f"{path}: --pairs, --prompts or --eval-prompts give other rows than "
@@ -362,6 +362,7 @@ def main(argv: list[str]) -> None:
                 write_json(agreement, run / "seed" / "people.json")
         else:
             if is_main():
+                models.try_weights(s)
                 splits, remark = outside_pairs(s, set(evaluation.prompt), lacking)
                 agreement = agreement_beside(s.pairs)
                 if agreement:

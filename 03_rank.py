@@ -36,15 +36,16 @@ import torch
 
 from lib import models, tracking
 from lib.diffusion import denoising_error, repeat
-from lib.finite import AGAIN, refuse_unfinite_data
+from lib.finite import refuse_unfinite_rewards
 from lib.intervals import wilson
-from lib.judge import CROSSFIT, agreement_of_people, verdict
+from lib.judge import agreement_of_people, verdict
 from lib.models import BASE
+from lib.ranking import (crossfit_rewards, judge_name, known_anchor_errors, latents_differ,
+                         read_candidates, refuse_no_pairs)
 from lib.rivals.balanced import balance
 from lib.rivals.random_pair import random_pair
-from lib.run import (Ledger, UserError, bar, begin, gathered, generator, inside, is_main,
-                     is_whole, latent_path, my_share, open_image, read_pairs, read_table,
-                     refuse_other_kinds, run_stage, wait, write_json, write_table)
+from lib.run import (Ledger, bar, begin, gathered, generator, is_main, is_whole, my_share,
+                     open_image, read_pairs, run_stage, wait, write_json, write_table)
 from lib.settings import ITER, Settings, load
 from lib.sheets import pair_sheet
 
@@ -265,47 +266,14 @@ def rank_by_itself(
 
     # Neither the anchor nor a pair's draws change from round to round: what the last round measured
     # of the anchor holds.
-    anchor_error = known_anchor_errors(s, k, holdout, t)
+    anchor_error = None
+    if anchor_of(s, k - 1) == anchor_of(s, k):
+        pair_ids = [comparison.key[1] for comparison in holdout]
+        anchor_error = known_anchor_errors(s.run, k - 1, pair_ids, t)
     if anchor_error is None:
         _, errors = measure_errors(s, [anchor], holdout, ledger, f"{title}, anchor")
         anchor_error = errors[0]
     return draws, rewards_of(s, t, error, anchor_error)
-
-
-def known_anchor_errors(
-    s: Settings,
-    k: int,
-    holdout: list[Comparison],
-    t: torch.Tensor,
-) -> torch.Tensor | None:
-    """The anchor's errors (pairs, 2, D) on the held-out pairs, if the last round had it too.
-
-    They hold for the same pairs and the same timesteps t (pairs, D) alone: a user may have dropped
-    a pair since, or changed the draws. A table that cannot be read is as good as none.
-    """
-    table = Path(s.run) / f"iter{k - 1}" / "holdout_draws.parquet"
-    if not table.exists() or anchor_of(s, k - 1) != anchor_of(s, k):
-        return None
-    columns = ("pair_id", "side", "t", "anchor_error")
-    try:
-        known = read_table(table, columns, f"03_rank.py --iter {k - 1}")
-    except UserError:
-        print(f"{table} cannot be read: the anchor is measured again")
-        return None
-
-    # The table's rows, as they must be: pair by pair, winner and loser, draw by draw.
-    D = t.shape[1]
-    pair_ids = [comparison.key[1] for comparison in holdout]
-    if known.pair_id.tolist() != np.repeat(pair_ids, 2 * D).tolist():
-        return None
-    if known.side.tolist() != np.tile(np.repeat(["win", "lose"], D), len(t)).tolist():
-        return None
-    if known.t.tolist() != t[:, None].expand(-1, 2, -1).flatten().tolist():
-        return None
-    errors = pd.to_numeric(known.anchor_error, errors="coerce")
-    if not np.isfinite(errors).all():
-        return None
-    return torch.tensor(errors.to_numpy(np.float32)).reshape(len(t), 2, D)
 
 
 def rank_from_outside(
@@ -362,14 +330,8 @@ def choose_pairs(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws) ->
     })
 
     # A winner that is its own loser teaches nothing.
-    differ = np.array([latents_differ(s, pair) for pair in pairs.itertuples()])
+    differ = np.array([latents_differ(s.run, pair.win, pair.lose) for pair in pairs.itertuples()])
     return pairs[(pairs.margin > 0) & differ].reset_index(drop=True)
-
-
-def latents_differ(s: Settings, pair) -> bool:
-    """Whether winner and loser are two pictures, and not one that was drawn twice."""
-    (win, lose), _ = models.stack_latents([Path(s.run) / pair.win, Path(s.run) / pair.lose])
-    return not torch.equal(win, lose)
 
 
 def diversity(comparisons: list[Comparison]) -> float:
@@ -382,31 +344,6 @@ def diversity(comparisons: list[Comparison]) -> float:
 
 
 # ---- the stage: read, compute, write ----
-
-def read_candidates(s: Settings, k: int) -> pd.DataFrame:
-    """The candidates, those of a prompt together, each with a latent."""
-    path = Path(s.run) / f"iter{k}" / "candidates.parquet"
-    columns = ("prompt_id", "prompt", "candidate", "image")
-    made_by = f"02_generate.py --iter {k}"
-    table = read_table(path, columns, made_by)
-    refuse_other_kinds(path, table, made_by, texts=("prompt", "image"),
-                       numbers=("prompt_id", "candidate"))
-    shape = models.latent_shape(s)
-    for row, name in enumerate(table.image, start=1):
-        image = inside(s.run, name, path, row)
-        if not models.has_latent(image, False, shape):
-            raise UserError(f"{path}, row {row}: no whole latent of shape {shape} beside {name}; "
-                            f"run {made_by} again, which makes it")
-
-    # With unequal numbers the rewards would make no table (P, N).
-    prompts = table.groupby("prompt_id", sort=False)
-    sizes = prompts.size()
-    if sizes.nunique() > 1 or sizes.iloc[0] < 2:
-        raise UserError(f"{path}: every prompt needs the same number of candidates, 2 or more; "
-                        f"delete it and run 02_generate.py again")
-    together = prompts.ngroup().argsort(kind="stable")
-    return table.iloc[together].reset_index(drop=True)
-
 
 def candidate_comparisons(s: Settings, k: int, candidates: pd.DataFrame) -> list[Comparison]:
     comparisons = []
@@ -480,19 +417,6 @@ def write_holdout_draws(folder: Path, holdout: list[Comparison], holdout_draws: 
     write_table(draws_table(holdout_draws, labels), folder / "holdout_draws.parquet")
 
 
-def crossfit_rewards(s: Settings, k: int) -> torch.Tensor | None:
-    """Rewards (pairs, 2) of human pairs, the preferred picture first, from lib/crossfit.py.
-
-    Each pair's are by a model that has not seen it; they speak for Iter0, the judge of round 1.
-    """
-    path = Path(s.run) / CROSSFIT
-    if k != 1 or not is_whole(path):
-        return None
-    table = read_table(path, ("pair_id", "side", "reward"), "lib/crossfit.py")
-    by_side = table.groupby(["pair_id", "side"]).reward.mean().unstack()
-    return torch.stack([torch.tensor(list(by_side[side])) for side in ("win", "lose")], 1)
-
-
 def describe_judge(
     s: Settings,
     k: int,
@@ -507,7 +431,9 @@ def describe_judge(
         judge = {"accuracy": accuracy, "low": low, "high": high, "pairs": len(holdout_draws.reward)}
 
     # Where few pairs are held out, all human pairs have been judged by models like Iter0.
-    rewards = crossfit_rewards(s, k)
+    rewards = None
+    if k == 1:
+        rewards = crossfit_rewards(s.run)
     if rewards is not None:
         accuracy, low, high = agreement(rewards)
         judge |= {"accuracy": accuracy, "low": low, "high": high, "pairs": len(rewards),
@@ -532,12 +458,6 @@ def describe_judge(
     }
 
 
-def judge_name(s: Settings, k: int) -> str:
-    if s.reward == "implicit":
-        return f"model {k - 1}"
-    return s.reward
-
-
 def summary_line(s: Settings, k: int, judge: dict, folder: Path) -> str:
     without = ""
     if judge["prompts_without_pair"]:
@@ -546,36 +466,6 @@ def summary_line(s: Settings, k: int, judge: dict, folder: Path) -> str:
     _, sentence = verdict(judge)
     return (f"03 rank, iter {k}: {judge['self_pairs']} {s.select} pairs ranked by "
             f"{judge_name(s, k)}{without}; {sentence}; see {folder}/preview.png")
-
-
-# ---- what is refused ----
-
-def refuse_unfinite(s: Settings, k: int, comparisons: list[Comparison], draws: Draws) -> None:
-    """UserError if a reward is not finite; it names the latent, the embedding or the model."""
-    finite_rewards = draws.reward.isfinite().all((1, 2))                        # (P,)
-    if finite_rewards.all():
-        return
-    comparison = comparisons[finite_rewards.int().argmin()]
-    if s.reward != "implicit":
-        raise UserError(f"{comparison.images[0].parent}: {s.reward} gives a picture of prompt "
-                        f"{comparison.prompt!r} a reward that is not finite; choose another "
-                        f"--reward, in another --run")
-
-    latents = [latent_path(image) for image in comparison.images]
-    remedy = AGAIN
-    if comparison.key[0] == k:
-        remedy = f"delete it and run 02_generate.py --iter {k} again, which makes it anew"
-    refuse_unfinite_data(s, latents, [comparison.prompt], remedy)
-    raise UserError(f"{comparison.images[0].parent}: a reward of prompt {comparison.prompt!r} is "
-                    f"not finite, though latents and weights are; use --dtype float32, in another "
-                    f"--run")
-
-
-def refuse_no_pairs(s: Settings, k: int, pairs: pd.DataFrame) -> None:
-    if pairs.empty:
-        raise UserError(f"{s.run}/iter{k}/candidates.parquet: no prompt has two candidates that "
-                        f"{judge_name(s, k)} tells apart (it is as its anchor, or they are alike); "
-                        f"train it longer or with a higher --lr, in another --run")
 
 
 def main(argv: list[str]) -> None:
@@ -599,9 +489,9 @@ def main(argv: list[str]) -> None:
             draws, holdout_draws = rank_by_itself(s, k, comparisons, holdout, ledger)
         else:
             draws, holdout_draws = rank_from_outside(s, comparisons, holdout)
-        refuse_unfinite(s, k, comparisons, draws)
+        refuse_unfinite_rewards(s, k, comparisons, draws.reward)
         if holdout:
-            refuse_unfinite(s, k, holdout, holdout_draws)
+            refuse_unfinite_rewards(s, k, holdout, holdout_draws.reward)
         pairs = choose_pairs(s, k, candidates, draws)
         refuse_no_pairs(s, k, pairs)
         judge = describe_judge(s, k, pairs, comparisons, holdout_draws)

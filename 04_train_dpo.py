@@ -30,7 +30,6 @@ error minus policy error: above zero, the policy is better than the reference), 
 import lib.program  # noqa: F401, I001  first: Ctrl-C is answered from here on
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,21 +41,17 @@ import torch.nn.functional as F
 
 from lib import lora, models, tracking
 from lib.diffusion import denoising_error, join
-from lib.finite import refuse_unfinite_data
+from lib.finite import refuse_unfinite_batch
 from lib.judge import read_judge
 from lib.models import BASE
 from lib.rivals.mapo import mapo_loss
-from lib.run import (TRAIN_LOG_COLUMNS, Ledger, UserError, bar, begin, generator, is_main,
-                     is_whole_model, latent_path, my_share, open_image, place_folder,
-                     process_state, read_pairs, run_stage, seed_of, wait, write_table)
+from lib.run import (TRAIN_LOG_COLUMNS, Ledger, atomic_folder, bar, begin, generator, is_main,
+                     is_whole_model, my_share, process_state, read_pairs, run_stage, seed_of, wait,
+                     write_table)
 from lib.settings import ITER, Settings, has_reference, load, micro_batch_of
-from lib.training import (gather_pairs, load_checkpoint, same_norms, save_checkpoint,
-                          sum_gradients)
-
-# A run whose policy has an error on winners of this many times the reference's has diverged, and
-# stops. Without a reference it is compared with 1, the error of a model that predicts zero.
-STRAY = 3.
-
+from lib.training import (encode_missing, gather_pairs, is_checkpoint_due, is_finite_loss,
+                          load_checkpoint, log_row, same_norms, save_checkpoint, sum_gradients,
+                          watch, watch_result)
 
 # ---- the method: pure functions of tensors ----
 
@@ -229,15 +224,16 @@ def micro_batches(
     randoms: dict,
     encoder: models.PromptEncoder,
 ) -> Iterator[tuple]:
-    """A batch of pairs part by part, to bound the memory: (errors (4, b), loss (b,), margin (b,)).
+    """A batch of pairs part by part, to bound the memory: (loss (b,), values (6, b)).
 
-    Processes take turns in the parts.
+    The values are the four errors, loss and margin of each pair, without gradient. Processes take
+    turns in the parts.
     """
     for rows in my_share(torch.arange(s.batch).split(s.micro_batch)):
         part = {name: numbers[rows] for name, numbers in randoms.items()}
         errors = pair_errors(s, policy, ref, schedule, pairs.iloc[rows.tolist()], part, encoder)
         loss, margin = LOSSES[s.loss](*errors, s.beta)
-        yield errors, loss, margin
+        yield loss, torch.stack([*errors, loss, margin]).detach()
 
 
 def backward(
@@ -256,11 +252,11 @@ def backward(
     """
     values = []
     parts = micro_batches(s, policy, ref, schedule, pairs, randoms, encoder)
-    for errors, loss, margin in parts:
+    for loss, of_part in parts:
         # The mean over the batch is taken here, after the log-sigmoid.
         (loss.sum() / s.batch).backward()
 
-        values.append(torch.stack([*errors, loss, margin]).detach())
+        values.append(of_part)
         ledger.unet_forwards += len(loss) * forwards_per_pair(s)
     return torch.cat(values, 1)
 
@@ -329,10 +325,9 @@ def save_model(s: Settings, k: int, policy) -> None:
         policy = lora.fuse(base, folder / "lora")
 
     # The folder gets its name when it is whole; the checkpoint is then of no more use.
-    shutil.rmtree(folder / "unet.tmp", ignore_errors=True)
     policy = policy.to("cpu", memory_format=torch.contiguous_format)
-    policy.save_pretrained(folder / "unet.tmp")
-    place_folder(folder / "unet.tmp", folder / "unet")
+    with atomic_folder(folder / "unet") as temporary:
+        policy.save_pretrained(temporary)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -347,28 +342,10 @@ def training_pairs(s: Settings, k: int) -> tuple[pd.DataFrame, int]:
     tables = []
     for name, made_by in names.items():
         tables.append(read_pairs(s.run, name, made_by))
+
+    # Pictures without a latent are encoded: one's own, and with --flip all of them mirrored.
     encode_missing(s, dict(zip(names, tables)))
     return pd.concat(tables, ignore_index=True), len(tables[0])
-
-
-def encode_missing(s: Settings, tables: dict[str, pd.DataFrame]) -> None:
-    """Pictures without a latent (one's own data) are encoded once; with --flip mirrored as well."""
-    # Each picture, and where it is named: all winners, then all losers.
-    run = Path(s.run)
-    images, places = [], []
-    for side in ("win", "lose"):
-        for name, table in tables.items():
-            for row, image in enumerate(table[side], start=1):
-                images.append(run / image)
-                places.append((run / name, row))
-
-    def open_picture(i):
-        table, row = places[i]
-        return open_image(images[i], table, row)
-
-    models.ensure_latents(images, s, open_picture)
-    if s.flip:
-        models.ensure_latents(images, s, open_picture, mirrored=True)
 
 
 def train(
@@ -395,9 +372,7 @@ def train(
     steps = steps_of(s, k, n_human, n_self)
     alpha = s.alpha if k > 0 else 0.
     order = mixup(n_human, n_self, alpha, steps * s.batch, generator(s.seed, "mix", k))
-    # All latents of a run have the shape of the first.
-    latents, _ = models.stack_latents([Path(s.run) / pairs.win[0]])
-    shape = latents.shape[1:]
+    shape = models.latent_shape(s)
 
     # A training that was stopped goes on from its last checkpoint.
     log = load_checkpoint(checkpoint, trained, optimizer)
@@ -424,118 +399,29 @@ def train(
         optimizer.zero_grad()
         ledger.optimizer_steps += 1
 
-        # The log; a run that can only get worse stops here.
         seconds = time.perf_counter() - started
         row = log_row(values, step, lr, grad_norm, seconds)
         log.append(row)
         tracking.log(tracker, "train", row, before + step)
-        if not is_finite(row):
-            refuse_unfinite_data(s, latents_of(s, batch, randoms), ["", *batch.prompt])
-        watch(row, k, s)
         progress.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}")
+
+        # A training that can only get worse stops here.
+        if not is_finite_loss(row):
+            refuse_unfinite_batch(s, batch, randoms["flip"].tolist())
+        watch(row, k, s)
+
         if is_checkpoint_due(s, step + 1, steps) and is_main():
             save_checkpoint(checkpoint, trained, optimizer, log)
     tracking.finish(tracker)
 
     # No further step tells what the last one did, so its batch is looked at once more.
-    places = order[-s.batch:]
-    batch = pairs.iloc[places.tolist()]
+    batch = pairs.iloc[order[-s.batch:].tolist()]
     randoms = step_randoms(s, k, steps - 1, shape)
     with torch.no_grad():
         parts = micro_batches(s, policy, ref, schedule, batch, randoms, encoder)
-        values = [torch.stack([*errors, loss, margin]) for errors, loss, margin in parts]
-    values = gather_pairs(torch.cat(values, 1))
-    watch_result(values, parameters, k, steps, s)
+        values = torch.cat([values for _, values in parts], 1)
+    watch_result(gather_pairs(values), parameters, k, steps, s)
     return policy, pd.DataFrame(log)
-
-
-def is_checkpoint_due(s: Settings, done: int, steps: int) -> bool:
-    """Whether to keep a checkpoint after so many steps of all.
-
-    The last step needs one only where the model is still to be put together from an adapter, which
-    may fail for lack of memory or disk.
-    """
-    if done == steps:
-        return s.lora_rank > 0
-    return done % s.checkpoint_every == 0
-
-
-def latents_of(s: Settings, pairs: pd.DataFrame, randoms: dict) -> list[Path]:
-    """The files of the latents that a batch has seen, mirrored where the pair was."""
-    files = []
-    for pair, flip in zip(pairs.itertuples(), randoms["flip"].tolist()):
-        for image in (pair.win, pair.lose):
-            files.append(latent_path(Path(s.run) / image, flip))
-    return files
-
-
-def log_row(
-    values: torch.Tensor,
-    step: int,
-    lr: float,
-    grad_norm: torch.Tensor,
-    seconds: float,
-) -> dict:
-    """One line of the log from (6, B) errors, losses and margins: means over the pairs.
-
-    Gains are reference minus policy error; a margin of exactly zero counts as half right.
-    """
-    win, lose, ref_win, ref_lose, loss, margin = values
-    right = (margin > 0).float().mean()
-    undecided = (margin == 0).float().mean()
-    row = {
-        "loss": loss.mean(),
-        "win_error_gain": (ref_win - win).mean(),
-        "lose_error_gain": (ref_lose - lose).mean(),
-        "margin": margin.mean(),
-        "accuracy": right + .5 * undecided,
-        "grad_norm": grad_norm,
-        "win_error": win.mean(),
-        "ref_error": ref_win.mean(),
-    }
-
-    # The device is asked once for all of them.
-    numbers = torch.stack(list(row.values())).tolist()
-    return {"step": step, **dict(zip(row, numbers)), "lr": lr, "seconds": seconds}
-
-
-def is_finite(row: dict) -> bool:
-    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-
-
-def watch(row: dict, k: int, s: Settings) -> None:
-    """Stop a run that can only get worse; the last checkpoint stays."""
-    where = f"iter{k}, step {row['step']}"
-    reference_fails = has_reference(s) and not math.isfinite(row["ref_error"])
-    if not is_finite(row) and (row["step"] == 0 or reference_fails):
-        raise UserError(f"{where}: the loss or its gradient is not finite ({row['loss']}) before "
-                        f"any training could matter; use --dtype float32, in another --run")
-    if not is_finite(row):
-        raise UserError(f"{where}: the loss is not finite ({row['loss']}); lower --lr (now {s.lr}) "
-                        f"or use --dtype float32, in another --run; nothing after the last "
-                        f"checkpoint was kept")
-
-    reference = 1.
-    if has_reference(s):
-        reference = row["ref_error"]
-    if row["win_error"] > STRAY * reference:
-        raise UserError(f"{where}: the policy's error on winners ({row['win_error']:.3g}) is over "
-                        f"{STRAY:g} times the reference's, it has diverged; lower --lr (now "
-                        f"{s.lr}) or raise --beta (now {s.beta}), in another --run; nothing after "
-                        f"the last checkpoint was kept")
-
-
-def watch_result(values: torch.Tensor, parameters: list, k: int, steps: int, s: Settings) -> None:
-    """Refuse a trained model that the last of its steps has ruined: it is not written.
-
-    `values` (6, B) are those of the last batch, after its step.
-    """
-    nothing = torch.zeros((), device=values.device)
-    watch(log_row(values, steps, 0., nothing, 0.), k, s)
-    for parameter in parameters:
-        if not parameter.isfinite().all():
-            raise UserError(f"iter{k}: the trained weights are not finite; lower --lr (now {s.lr}),"
-                            f" in another --run; nothing after the last checkpoint was kept")
 
 
 # ---- the stage: read, compute, write ----

@@ -1,7 +1,7 @@
 """Stage 05: every model on prompts that nobody trained on: the table, the curves, and a page.
 
 reads   prompts.parquet (split eval), benchmarks.parquet, the base model, iterK/unet/ of all rounds,
-        rows given by hand, now or before
+        rows given by hand, now or before, eval/votes.parquet where somebody has judged blind
 writes  eval/rows.json                      the rows given by hand, which stay in the table
         eval/images/, eval/scores/          pictures, and the scores of each row of the table
         eval/scores.parquet                 one row per picture; a prompt of two styles has two
@@ -38,13 +38,15 @@ import pandas as pd
 
 from lib import models, sheets, tracking
 from lib.data import prompts
+from lib.data.folders import is_own
 from lib.eval import curves, page, paper, remembered, rows, scores, table, walk, words
-from lib.judge import verdict
+from lib.judge import read_judge, verdict
 from lib.models import BASE
 from lib.rivals.controls import parse_control
 from lib.run import (Ledger, UserError, begin, differing_code, is_main, read_prompts, run_stage,
                      seed_of, wait, write_table, write_text)
-from lib.settings import Settings, environment, load
+from lib.settings import Settings, environment, labelled_elsewhere, load
+from lib.taste import tally
 
 ARGUMENTS = {
     "--row": {"action": "append", "default": [], "metavar": "NAME=WHERE",
@@ -113,7 +115,7 @@ def rows_given(s: Settings, texts: list[str], of_run: dict[str, int]) -> dict[st
     given = {}
     for text in texts:
         name, _, where = text.partition("=")
-        if not name or not where:
+        if not name.strip() or not where:
             raise UserError(f"--row {text}: give NAME=WHERE, say mine=path/to/unet")
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise UserError(f"--row {name[:20]!r}...: a row's name has at most {LONGEST_NAME} "
@@ -273,6 +275,17 @@ def notes_on_code(s: Settings, compared: dict[str, int | str]) -> list[str]:
     return notes
 
 
+def notes_on_people(s: Settings, judges: list[dict]) -> list[str]:
+    """How far the first judge agrees with people, and whose taste the scores do not know."""
+    notes = []
+    if judges:
+        notes.append(f"self-judge of round 1: {verdict(judges[0])[1]}")
+    if labelled_elsewhere(s) and s.scores == "world":
+        notes.append("alignment and aesthetics are measured by the embedded world's oracle, which "
+                     "knows nothing of the taste of whoever labelled; a duel asks them")
+    return notes
+
+
 # ---- write ----
 
 def tables_of(
@@ -305,10 +318,11 @@ def write_tables(
     tables: list[tuple[str, pd.DataFrame]],
     summary: pd.DataFrame,
     facts: dict[str, dict[str, str]],
+    votes: pd.DataFrame,
     notes: list[str],
     versions: list[str],
 ) -> None:
-    """table.md for people, and table.csv for programs."""
+    """table.md for people, and table.csv for programs, in which `votes` come last."""
     folder = Path(s.run) / "eval"
     parts = [f"{table.plain(title)}\n\n{table.markdown(each)}" for title, each in tables]
     text = "\n".join(parts)
@@ -318,6 +332,8 @@ def write_tables(
     csv = tables[-1][1]
     if not summary.empty:
         csv = table.for_programs(summary, facts, paper.numbers(s.preset), versions)
+    if len(votes):
+        csv = pd.concat([csv, votes], ignore_index=True)
     write_text(table.as_csv(csv), folder / "table.csv")
 
 
@@ -326,7 +342,7 @@ def judges_of(s: Settings) -> list[dict]:
     judges = []
     for k in range(1, s.iters + 1):
         path = Path(s.run) / f"iter{k}" / "judge.json"
-        judge = walk.read_judge(path)
+        judge = read_judge(path)
         if judge:
             judges.append({"model": k - 1} | judge | {"round": k})
         elif path.exists():
@@ -372,7 +388,10 @@ def write_results(
     run, folder = Path(s.run), Path(s.run) / "eval"
     summary = table.summarise(pictures, scores.names_of(s), "base", "Iter0")
     facts = facts_of_rows(s, compared)
-    tables = tables_of(s, pictures, summary, facts)
+    cast = tally.read_votes(run)
+    names = tally.in_order(cast, list(compared))
+    compared_blind, strong = tally.compare(cast, names), tally.strengths(cast, names)
+    tables = tally.readable(compared_blind, strong) + tables_of(s, pictures, summary, facts)
     _, own_table = tables[-1]
 
     elsewhere = {name: where for name, where in compared.items() if isinstance(where, str)}
@@ -380,11 +399,13 @@ def write_results(
     begun_at = json.loads((run / "config.json").read_text()).get("commit")
     notes = table.notes(made_with, environment(), begun_at, pictures, versions, elsewhere)
     notes += notes_on_code(s, compared)
-    write_tables(s, tables, summary, facts, notes, versions)
-
     judges = judges_of(s)
+    notes += notes_on_people(s, judges)
+    write_tables(s, tables, summary, facts, tally.for_programs(compared_blind, strong), notes,
+                 versions)
+
     figures = draw_figures(s, compared, summary, pictures, judges)
-    sentences = what_was_learned(s, compared, pictures, summary, facts, judges)
+    sentences = what_was_learned(s, compared, pictures, summary, facts, judges, compared_blind)
     story = walk.tell(s, pictures, own_table)
     if story:
         write_text(walk.as_markdown(story), folder / "walk.md")
@@ -404,8 +425,21 @@ def write_results(
     print(f"05 eval: {words.near(folder)}: {', '.join(made)}")
     for sentence in sentences:
         print(sentence)
-    further = f"; try {words.next_command(s)}" if story else ""
+    further = f"; try {next_command(s, compared, compared_blind)}" if story else ""
     print(f"next: open {words.near(folder / 'index.html')}{further}")
+
+
+def last_model(compared: dict[str, int | str]) -> str:
+    """The last of the run's own models in the table, "" if there is none."""
+    models_of_run = [name for name, where in compared.items() if isinstance(where, int)]
+    return models_of_run[-1] if models_of_run else ""
+
+
+def next_command(s: Settings, compared: dict[str, int | str], compared_blind: pd.DataFrame) -> str:
+    """What to try next: who has labelled pairs wants to see first whether they like the result."""
+    if s.pairs == "world" or not is_own(s.pairs) or len(compared_blind):
+        return words.next_command(s)
+    return f"./run_sail.sh duel --run {words.near(s.run)} base {last_model(compared)}"
 
 
 def what_was_learned(
@@ -415,19 +449,27 @@ def what_was_learned(
     summary: pd.DataFrame,
     facts: dict[str, dict[str, str]],
     judges: list[dict],
+    compared_blind: pd.DataFrame,
 ) -> list[str]:
-    """Sentences on the run's last model: its gain over the base, its losses, and its judge."""
-    models_of_run = [name for name, where in compared.items() if isinstance(where, int)]
-    if summary.empty or not models_of_run:
+    """Sentences on the run's last model: votes, its gain over the base, losses, and its judge."""
+    last = last_model(compared)
+    if not last:
         return []
-    last = models_of_run[-1]
-    labels = facts[last]["human pairs"]
-    sentences = words.learned(summary, scores.names_of(s)[0], last, labels)
+    sentences = [tally.sentence(compared_blind, last)]
+    if summary.empty:
+        return [sentence for sentence in sentences if sentence]
 
     # The embedded world's oracle tells skills too (light, cleanness, ...): parts of the aesthetics.
     skills = pictures.columns.drop([*table.KEYS, *scores.names_of(s)])
     of_skills = table.summarise(pictures, list(skills), "base", "Iter0")
-    sentences.append(words.lost(pd.concat([summary, of_skills]), last))
+    measured = pd.concat([summary, of_skills])
+    if labelled_elsewhere(s):
+        sentences.append(words.changed(measured[measured.score != "alignment"], last))
+        measured = measured[measured.score == "alignment"]
+    else:
+        labels = facts[last]["human pairs"]
+        sentences += words.learned(summary, scores.names_of(s)[0], last, labels)
+    sentences.append(words.lost(measured, last))
 
     # Every round rests on the first judge, Iter0.
     if judges:

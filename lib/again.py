@@ -12,18 +12,17 @@ those that are given, its human pairs and its Iter0, and of round 1 what neither
 the code have changed.
 """
 
-import re
 import shutil
 from pathlib import Path
 
 import pandas as pd
 
 from lib.code import changed_since
-from lib.lend import (COMMON_FILES, HUMAN_PAIRS, ITER0, Step, equal_steps, files_at, lend,
-                      rows_of)
+from lib.lend import (COMMON_FILES, HUMAN_PAIRS, ITER0, Step, equal_steps, files_at, ledger_rows,
+                      lend)
 from lib.lock import is_in
-from lib.run import UserError, read_table, run_stage, write_table
-from lib.settings import RUN_ARGUMENTS, Settings, load
+from lib.run import read_table, run_stage, write_table
+from lib.settings import RUN_ARGUMENTS, Settings, load, parse
 
 # What the stages write in iterK/, and what belongs to the seed.
 OF_A_ROUND = ("candidates.parquet", "images", "latents", "draws.parquet", "holdout_draws.parquet",
@@ -113,7 +112,7 @@ def take(source: Path, s: Settings) -> list[Step]:
     for step in steps:
         patterns += step.files
     lend(files_at(source, patterns), source, run)
-    write_table(rows_of(ledger, steps), run / "ledger.parquet")
+    write_table(ledger_rows(ledger, steps), run / "ledger.parquet")
     return steps
 
 
@@ -142,12 +141,11 @@ def note_on_code(run: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    s, own = load(argv, __doc__, RUN_ARGUMENTS)
+    # The run has its settings by now; with --from those of the other run would come again.
+    given, own = parse(argv, __doc__, RUN_ARGUMENTS)
+    s, _ = load([f"--run={given['run']}"], __doc__)
     run = Path(s.run)
     first, source = own.redo_from, getattr(own, "from")
-    if first and not re.fullmatch(r"seed|iter\d+", first):
-        raise UserError(f"--redo-from {first}: give seed, iter0, iter1, ...")
-
     if first:
         print(f"made again: {', '.join(remove_from(run, first)) or 'nothing was there'}")
     if source and not (run / "prompts.parquet").exists():

@@ -27,12 +27,14 @@ import pandas as pd
 
 from lib import models
 from lib.data.prompts import fold as folded
+from lib.finite import refuse_unfinite_rewards
 from lib.judge import CROSSFIT
 from lib.models import BASE
 from lib.plan.stages import load_stage
 from lib.run import (Ledger, begin, is_main, is_whole, read_pairs, run_stage, seed_of, wait,
                      write_table)
 from lib.settings import Settings, load
+from lib.training import encode_missing
 
 FOLDS = 5
 
@@ -74,10 +76,11 @@ def judge_fold(s: Settings, others: pd.DataFrame, fold: pd.DataFrame, folder: Pa
     unets = [policy, models.load_unet(s, BASE)]
     comparisons = rank.comparisons_of_pairs(s, fold)
     t, errors = rank.measure_errors(s, unets, comparisons, ledger, f"{folder.name} judged")
-    draws = rank.rewards_of(s, t, *errors)
+    error, anchor_error = errors
+    draws = rank.rewards_of(s, t, error, anchor_error)
 
     if is_main():
-        rank.refuse_unfinite(s, 1, comparisons, draws)
+        refuse_unfinite_rewards(s, 1, comparisons, draws.reward)
         rank.write_holdout_draws(folder, comparisons, draws)
         checkpoint.unlink(missing_ok=True)
     wait()
@@ -92,11 +95,10 @@ def main(argv: list[str]) -> None:
         begin(s.run, __file__)
 
     # read
-    training = load_stage("04")
     tables = {}
     for name in ("seed/pairs.parquet", "seed/holdout.parquet"):
         tables[name] = read_pairs(s.run, name, "01_seed.py")
-    training.encode_missing(s, tables)
+    encode_missing(s, tables)
     pairs = pd.concat(tables.values(), ignore_index=True)
     numbers = folds_of(s, pairs)
     if numbers.nunique() < 2:

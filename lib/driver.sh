@@ -18,8 +18,12 @@ stop() {
     fi
     exit "$1"
 }
-finish() {                                                      # the stages' Python has ended, too
-    exec 8>&-
+finish() {
+    local code=$?
+    if [ "$code" = 137 ]; then
+        echo "error: a stage was killed (by a system that lacks memory?); the same command continues from here" >&2
+    fi
+    exec 8>&-                                                   # the stages' Python ends, too
     wait
 }
 trap finish EXIT
@@ -55,7 +59,7 @@ else
     rm -r "$pipes"
     launch() {
         printf '%s\n' "$root/$1" "${@:2}" "--run=$run" "" >&8
-        read -r code <&9
+        read -r code <&9 || { code=0; wait "$job" || code=$?; } # that Python itself was killed
         return "$code"
     }
 fi

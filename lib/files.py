@@ -63,6 +63,19 @@ def place_folder(temporary: Path, folder: Path) -> None:
     settle()
 
 
+@contextlib.contextmanager
+def atomic_folder(folder: Path):
+    """Yield a temporary folder beside `folder`, which takes its place when it is complete."""
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        place_folder(temporary, folder)
+    finally:
+        # On a full disk what has been written takes the room that is lacking.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def settle() -> None:
     """Return when the disk has every file that this process has renamed so far."""
     while _unsettled:

@@ -38,8 +38,8 @@ def verdict(judge: dict) -> tuple[str, str]:
         return "agrees", f"the judge agrees with people: {measured}"
     if judge["high"] < .5:
         return "against", f"the judge is against people: {measured}; stop at Iter0"
-    return "unclear", f"cannot tell yet whether the judge agrees with people: {measured}; " \
-                      f"{what_would_tell(judge['accuracy'], pairs)}"
+    advice = what_would_tell(judge["accuracy"], pairs)
+    return "unclear", f"cannot tell yet whether the judge agrees with people: {measured}; {advice}"
 
 
 def ceiling(judge: dict) -> str:
@@ -67,7 +67,9 @@ def agreement_of_people(run: Path) -> dict:
                 numbers[f"agree_{name}"] = float(people[name])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
-    return numbers if all(map(math.isfinite, numbers.values())) else {}
+    if all(map(math.isfinite, numbers.values())):
+        return numbers
+    return {}
 
 
 def what_would_tell(accuracy: float, pairs: int) -> str:
@@ -86,8 +88,11 @@ def what_would_tell(accuracy: float, pairs: int) -> str:
             f"(4 times in 5), or stop at Iter0")
 
 
-def read_judge(path: Path) -> dict | None:
-    """A round's judge.json; None where there is none, or none that stage 03 has written."""
+def read_judge(path: Path) -> dict:
+    """A round's judge.json; {} where there is none, or none that stage 03 has written.
+
+    Without held-out pairs it has `pairs` 0 and no accuracy.
+    """
     try:
         judge = json.loads(Path(path).read_text(encoding="utf-8"))
         numbers = [judge["pairs"], judge["diversity"], judge["margin"]]
@@ -97,4 +102,4 @@ def read_judge(path: Path) -> dict | None:
             return judge
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
-    return None
+    return {}

@@ -4,6 +4,8 @@ A pipeline of another kind has the same files, runs, and gives noise. It is know
 configurations, before anything is spent on it.
 """
 
+import math
+
 from diffusers import DDPMScheduler
 
 from lib import hub, models
@@ -51,6 +53,7 @@ def check_model(s: Settings) -> None:
 
 
 def foreign(name: str, fault: str) -> UserError:
+    """The error for a model of another kind."""
     return UserError(f"{name}: {fault}; give a model of SD1.x's or SDXL's kind (--model, or for a "
                      f"row --row)")
 
@@ -115,15 +118,21 @@ def check_vae(s: Settings) -> None:
         raise foreign(name, f"its VAE is {vae['_class_name']}, not AutoencoderKL")
     if vae["shift_factor"]:
         raise foreign(name, f"its VAE has shift_factor {vae['shift_factor']}")
+    if not 0 < vae["scaling_factor"] < math.inf:
+        raise foreign(name, f"its VAE has scaling_factor {vae['scaling_factor']}")
+    for key in ("latents_mean", "latents_std"):
+        if vae[key] is not None and len(vae[key]) != vae["latent_channels"]:
+            raise foreign(name, f"its VAE has {len(vae[key])} {key} for {vae['latent_channels']} "
+                                f"channels")
     if vae["latents_mean"] is not None and not models.is_sdxl(s.model):
         raise foreign(name, "its VAE has latents_mean, which SD1.x's pipeline does not apply")
     inside = f"{folder}/" if folder else ""
     hub.weight_files(hub.local_or_hub(name), inside, "diffusion_pytorch_model")
 
     # SDXL's UNet is told a picture's size, and we tell 8 pixels for each latent.
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    if models.is_sdxl(s.model) and factor != 8:
-        raise foreign(name, f"its VAE has {factor} pixels a latent, not 8")
+    pixels = models.pixels_per_latent(vae)
+    if models.is_sdxl(s.model) and pixels != 8:
+        raise foreign(name, f"its VAE has {pixels} pixels a latent, not 8")
 
 
 def check_schedule(s: Settings) -> None:
@@ -131,12 +140,16 @@ def check_schedule(s: Settings) -> None:
     config = models.read_config(DDPMScheduler, s.model, "scheduler")
     refuse_schedule(s.model, config)
 
+    schedule = models.load_schedule(s)
+    if not all(0 < beta <= 1 for beta in schedule.betas.tolist()):
+        raise foreign(s.model, "its scheduler has betas that do not lie between 0 and 1")
+
     # Without any signal left the noise does not tell the picture: a step would divide by zero.
-    alphas = models.load_schedule(s).alphas_cumprod
+    alphas = schedule.alphas_cumprod
     if prediction_of(config) == "epsilon" and alphas[-1] <= 0:
         raise foreign(s.model, "its scheduler has zero terminal SNR (rescale_betas_zero_snr) with "
                                "prediction_type epsilon")
-    models.load_sampler(s)
+    models.load_sampler(s).set_timesteps(s.sample_steps)
 
 
 def prediction_of(config: dict) -> str:

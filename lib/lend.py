@@ -152,7 +152,7 @@ def is_table(file: Path) -> bool:
     return file.suffix == ".parquet"
 
 
-def rows_of(ledger: pd.DataFrame, steps: Iterable[Step]) -> pd.DataFrame:
+def ledger_rows(ledger: pd.DataFrame, steps: Iterable[Step]) -> pd.DataFrame:
     """The rows of a ledger that tell what these steps have cost."""
     wanted = []
     for step in steps:

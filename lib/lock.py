@@ -30,7 +30,12 @@ FOLDERS = ("code", "embeds", "seed", "seed/*", "iter*", "iter*/*", "judge/*", "j
            "eval", "eval/*", "eval/images/*", "eval/scores/*", "eval/scores/*/*")
 
 # Tables that say that a stage is done. (Of stage 04 it is the folder iter*/unet.)
-TABLES = ("prompts.parquet", "iter*/candidates.parquet", "iter*/pairs.parquet")
+TABLES = ("seed/pairs.parquet", "seed/holdout.parquet", "benchmarks.parquet", "prompts.parquet",
+          "iter*/candidates.parquet", "iter*/pairs.parquet")
+
+# Seconds that the stage of a driver that was killed is given to end by itself: it may be loading
+# its libraries.
+PATIENCE = 30
 
 
 def check_folder(run: Path) -> None:
@@ -80,16 +85,35 @@ def open_lock(run: Path) -> int:
 
 def take(descriptor: int, run: Path) -> bool:
     """Lock an open file; False if its file system has no locks. UserError: another has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-        raise UserError(f"{run}: another command works on this run folder "
-                        f"({holder or 'it has just begun'}); wait until it is done, stop it, or "
-                        f"give another --run") from None
-    except OSError:
+    start = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+        except OSError:
+            return False
+
+        if not is_gone(holder) or time.monotonic() - start > PATIENCE:
+            raise UserError(f"{run}: another command works on this run folder "
+                            f"({holder or 'it has just begun'}); wait until it is done, stop it, "
+                            f"or give another --run")
+        time.sleep(.1)
+
+
+def is_gone(holder: str) -> bool:
+    """Whether the process that has signed a lock was one of this machine's, and has ended."""
+    signed = re.match(r"process (\d+) on (\S+) since", holder)
+    if signed is None or signed[2] != socket.gethostname():
         return False
+    try:
+        os.kill(int(signed[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:                                     # another user's
+        pass
+    return False
 
 
 def sign(descriptor: int, command: str) -> None:

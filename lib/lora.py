@@ -7,7 +7,6 @@ from the base in, and plain diffusers loads it.
 """
 
 import contextlib
-import shutil
 import warnings
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from lib.run import place_folder
+from lib.run import atomic_folder
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -84,12 +83,9 @@ def save_adapter(policy: UNet2DConditionModel, folder: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from peft import get_peft_model_state_dict
 
-    # What an interrupted call left under the temporary name is of no use.
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     weights = get_peft_model_state_dict(policy, adapter_name="policy")
-    StableDiffusionPipeline.save_lora_weights(temporary, weights)
-    place_folder(temporary, folder)
+    with atomic_folder(folder) as temporary:
+        StableDiffusionPipeline.save_lora_weights(temporary, weights)
 
 
 def fuse(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:

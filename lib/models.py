@@ -13,6 +13,7 @@ import hashlib
 import inspect
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,9 @@ SAMPLERS = {
 VAE_PIXELS = 2 ** 21             # per call of the VAE, 8 pictures of 512 x 512: bounds its memory
 ENCODE_BATCH = 16                # pictures that `ensure_latents` encodes together
 PROMPT_BATCH = 64                # prompts that are encoded together
+
+# A word of CLIP's tokenizer is made of bytes: each is one itself, and another at a word's end.
+BYTES_OF_CLIP = 512
 
 # Our own bars tell how far a stage is.
 diffusers_logging.disable_progress_bar()
@@ -200,7 +204,7 @@ def resolution_step(s: Settings) -> int:
 
     The VAE makes one latent of so many pixels a side, and the UNet halves these again.
     """
-    pixels = 2 ** (len(vae_config(s)["block_out_channels"]) - 1)
+    pixels = pixels_per_latent(vae_config(s))
     halvings = len(unet_config(s)["down_block_types"]) - 1
     return pixels * 2 ** halvings
 
@@ -287,6 +291,19 @@ def load_vae(s: Settings) -> AutoencoderKL:
     return vae.requires_grad_(False).to(device_of(s))
 
 
+def try_weights(s: Settings) -> None:
+    """Load every part of the model once, on the CPU, and let it go.
+
+    UserError: weights are missing or not finite. So it is told before pairs are fetched for hours.
+    """
+    dtype = str(dtype_of(s)).removeprefix("torch.")
+    on_cpu = replace(s, device="cpu", dtype=dtype, compile="off")
+    load_unet(on_cpu, BASE)
+    load_vae(on_cpu)
+    PromptEncoder(on_cpu).load_encoders()
+    gc.collect()
+
+
 # ---- pictures <-> latents ----
 
 @torch.no_grad()
@@ -315,7 +332,7 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> dict[str, torch.Tensor
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, H, W) in 0..1, float32 on the CPU, of latents (B, C, h, w) in the UNet's
     units. UserError: they are not finite."""
-    pixels = latents[0, 0].numel() * vae_factor(vae) ** 2
+    pixels = latents[0, 0].numel() * pixels_per_latent(vae.config) ** 2
     at_once = max(1, VAE_PIXELS // pixels)
 
     # Back from the UNet's units to the VAE's.
@@ -349,8 +366,11 @@ def refuse_not_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> No
     if values.isfinite().all():
         return
     precision = str(dtype).removeprefix("torch.")
+    remedy = "another model or VAE"
+    if dtype != torch.float32:
+        remedy = f"--dtype float32, or with {remedy}"
     raise UserError(f"{what} are not finite in {precision}; start a run in another folder (--run) "
-                    f"with --dtype float32, or with another model or VAE")
+                    f"with {remedy}")
 
 
 def name_of(vae: AutoencoderKL) -> str:
@@ -361,13 +381,13 @@ def name_of(vae: AutoencoderKL) -> str:
 def latent_shape(s: Settings) -> tuple[int, int, int]:
     """The shape (C, h, w) of the latents of this run's pictures."""
     vae = vae_config(s)
-    side = s.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    side = s.resolution // pixels_per_latent(vae)
     return vae["latent_channels"], side, side
 
 
-def vae_factor(vae: AutoencoderKL) -> int:
-    """Pixels per side of a picture for one of its latent."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+def pixels_per_latent(vae: dict) -> int:
+    """How many pixels a side of a picture has for one of its latent, by a VAE's configuration."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def ensure_latents(images: list[Path], s: Settings, open_picture, mirrored: bool = False) -> None:
@@ -586,9 +606,11 @@ class PromptEncoder:
                                   subfolder=tokenizer_folder, trust_remote_code=False)
             encoder = load_weights(kind, model, encoder_folder, "model", dtype=dtype,
                                    key_mapping={"^" + COMPILED: ""}, trust_remote_code=False)
-            if len(tokenizer) > encoder.config.vocab_size:
-                raise UserError(f"{model}: its {tokenizer_folder} has more words than its "
-                                f"{encoder_folder}; download it again")
+            # Of a folder that is not there transformers makes a tokenizer without words.
+            if not BYTES_OF_CLIP <= len(tokenizer) <= encoder.config.vocab_size:
+                raise UserError(f"{model}: its {tokenizer_folder} has {len(tokenizer)} words, its "
+                                f"{encoder_folder} {encoder.config.vocab_size}, and CLIP no fewer "
+                                f"than {BYTES_OF_CLIP}; download it again")
             encoders.append((tokenizer, encoder.to(device)))
         return encoders
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,9 +47,9 @@ class Answer(NamedTuple):
     def line(self) -> str:
         """The answer as it is printed."""
         if self.fault:
-            without = "" if self.refuses else " (the run does all the rest without it)"
             fault = self.fault.removeprefix(f"{self.thing}: ")
-            return f"{self.thing}: missing: {fault}{without}"
+            further = "" if self.refuses else " (the run begins, or goes on, all the same)"
+            return f"{self.thing}: missing: {fault}{further}"
         return f"{self.thing}: ok {self.told}".rstrip()
 
 
@@ -73,14 +74,18 @@ def refuse_lacking(s: Settings, made_in: Path) -> None:
             start.check_start(s)
         answers = look_for_scores(s)
     else:
-        answers = look_for_all(s, made_in)
+        # The driver reads what is printed, and some libraries print.
+        with contextlib.redirect_stdout(sys.stderr):
+            answers = look_for_all(s, made_in)
 
+    # A single thing is the error itself.
     missing = [answer for answer in answers if answer.fault]
     refusing = [answer for answer in missing if answer.refuses]
-    if len(missing) == len(refusing) == 1:
-        raise UserError(refusing[0].fault)
     for answer in missing:
-        print(answer.line(), file=sys.stderr)
+        if len(refusing) > 1 or not answer.refuses:
+            print(answer.line(), file=sys.stderr)
+    if len(refusing) == 1:
+        raise UserError(refusing[0].fault)
     if refusing:
         raise UserError(f"{len(refusing)} of the things that the run will need are missing, as "
                         f"told above; put them right, and give the same command again")
@@ -122,8 +127,11 @@ def look_for_all(s: Settings, made_in: Path) -> list[Answer]:
             answers.append(look("reward", start.check_reward, s))
         answers += look_for_scores(s)
 
-    if not answers[0].fault:
-        answers += look_for_room(small, made_in)
+        # What cannot be counted for a fault that has been told is not told again.
+        told = {answer.fault for answer in answers if answer.fault}
+        if not answers[0].fault:
+            answers += [answer for answer in look_for_room(small, made_in)
+                        if answer.fault not in told]
     return answers
 
 
@@ -143,7 +151,9 @@ def hub_asked_once() -> Iterator[None]:
     except Exception:
         constants.HF_HUB_OFFLINE = True
     try:
-        yield
+        # Libraries warn of each other's options, to which nobody here can do anything.
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 
@@ -224,7 +234,7 @@ def check_start(s: Settings) -> str:
 
 def look_for_data(s: Settings) -> tuple[list[Answer], Settings]:
     """Benchmarks, pairs and prompts; and the settings with the numbers fitted to a small file."""
-    from lib.data import few
+    from lib.data import few, folders
 
     answers, tables = [], []
     for part in s.eval_prompts.split(","):
@@ -245,7 +255,10 @@ def look_for_data(s: Settings) -> tuple[list[Answer], Settings]:
     answers.append(pairs)
 
     if needs_prompts(s):
-        answers.append(look("prompts", check_prompts, s, evaluation))
+        # Beside a user's own pairs the preset's number of prompts shrinks to what is there.
+        shrinks = bool(pairs.fault) or folders.is_own(s.pairs)
+        fitted = shrinks and few.as_in_preset(s, "iter_prompts")
+        answers.append(look("prompts", check_prompts, s, evaluation, fitted))
     return answers, small
 
 
@@ -309,19 +322,19 @@ def is_small(s: Settings) -> bool:
     return is_own(s.pairs) and count_pairs(s.pairs) <= READ_WHOLE
 
 
-def check_prompts(s: Settings, evaluation: set[str]) -> str:
-    """Refuse a file of prompts that is not there, or has too few for the rounds."""
-    from lib.data import few, prompts
-    from lib.data.folders import is_own
+def check_prompts(s: Settings, evaluation: set[str], fitted: bool) -> str:
+    """Refuse a file of prompts that is not there, or has too few for the rounds.
+
+    If their number will be `fitted` to the file, one a round is enough.
+    """
+    from lib.data import prompts
 
     if s.prompts == "world":
         return "the embedded world's"
     if s.prompts == "pairs":
         return "those of --pairs"
 
-    # Beside a file of pairs the preset's number shrinks to what is there.
     pool = prompts.read_prompt_file(s.prompts)
-    fitted = is_own(s.pairs) and few.as_in_preset(s, "iter_prompts")
     counts = {}
     for k in range(1, s.iters + 1):
         counts[f"iter{k}"] = 1 if fitted else round_prompts(s, k)
@@ -352,10 +365,11 @@ def look_for_room(s: Settings, made_in: Path) -> list[Answer]:
     except UserError:
         return []
 
-    # A full disk stops a run that has begun, and no more: it goes on when there is room.
+    # These are counts. A run that has begun may try: what does not fit stops it, and it goes on
+    # when there is room.
     is_new = not has_made_something(Path(s.run))
     return [look("disk", check_disk, s, architecture, made_in, refuses=is_new),
-            look("memory", check_memory, s, architecture)]
+            look("memory", check_memory, s, architecture, refuses=is_new)]
 
 
 def check_disk(s: Settings, architecture, made_in: Path) -> str:

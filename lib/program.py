@@ -37,6 +37,7 @@ REMEDIES = {
     errno.ENOTDIR: "move away the file that stands where a folder belongs, or give another --run",
     errno.EISDIR: "move it away: a file belongs there",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EPIPE: "what read the output has ended; the same command continues from here",
     errno.EIO: "look after the disk, then repeat the same command, which continues from here",
     errno.ESTALE: "mount it again, then repeat the same command, which continues from here",
 }
@@ -70,7 +71,7 @@ def told_in_one_line():
     try:
         yield
     except UserError as error:
-        leave(f"error: {error}", 2)
+        leave("error: " + " ".join(str(error).splitlines()), 2)
     except KeyboardInterrupt as stop:
         leave(STOPPED, 128 + getattr(stop, "number", signal.SIGINT))
     except Exception as error:
@@ -87,6 +88,12 @@ def leave(line: str, code: int) -> None:
     if line == STOPPED:
         line = "\n" + line
     print(line, file=sys.stderr)
+
+    # Where nobody reads the output any more, Python would complain of it once again at its end.
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
@@ -99,8 +106,9 @@ def message_of(error: Exception) -> str | None:
     number = None
     if isinstance(error, OSError):
         number = error.errno
-        if isinstance(error.filename, (str, bytes)):
-            place = Path(os.fsdecode(error.filename))
+        name = error.filename2 or error.filename            # a renamed file's new name counts
+        if isinstance(name, (str, bytes, os.PathLike)):
+            place = Path(os.fsdecode(name))
 
     # Not every library hands on the number: safetensors names it, torch says what it met.
     if any(words in text for words in FULL_DISK_IN_WORDS):
@@ -169,8 +177,12 @@ def end_at_once(number: int, frame) -> None:
 
 def end_in_order(number: int, frame) -> None:
     """Leave by way of an exception, so that the ledger is written; only the first signal counts."""
-    answer_with(signal.SIG_IGN)
+    answer_with(go_on)
     raise Stopped(number)
+
+
+def go_on(number, frame) -> None:
+    """A further signal changes nothing. (Python complains of one that meets SIG_IGN too late.)"""
 
 
 def answer_with(handler) -> None:

@@ -24,10 +24,10 @@ from pathlib import Path
 import pandas as pd
 
 from lib.code import fingerprint
-from lib.files import (atomic, is_whole, is_whole_model, place_folder, save_tensors,  # noqa: F401
+from lib.files import (atomic, atomic_folder, is_whole, is_whole_model, save_tensors,  # noqa: F401
                        settle, write_json, write_text)
 from lib.lock import hold
-from lib.program import UserError, told_in_one_line
+from lib.program import UserError, one_line, told_in_one_line
 
 # The columns that a reader may ask of the tables that stages exchange (lib/README.md has them all).
 PAIR_COLUMNS = ("pair_id", "prompt", "win", "lose", "source")
@@ -124,22 +124,32 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     settle()
 
 
+def read_parquet(path: Path, made_by: str, **options) -> pd.DataFrame:
+    """A Parquet file as pandas reads it. UserError: it is missing or damaged.
+
+    `made_by` is the stage that writes it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: run {made_by} first")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; remove it and run {made_by} again")
+
+    try:
+        return pd.read_parquet(path, **options)
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a readable Parquet file ({one_line(str(error))}); delete it and run "
+            f"{made_by} again"
+        ) from None
+
+
 def read_table(path: Path, columns: Iterable[str], made_by: str) -> pd.DataFrame:
     """A Parquet table that must have these columns and at least one row.
 
     `made_by` is the stage that writes it. UserError: the table is missing, broken or empty.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: run {made_by} first")
-
-    try:
-        table = pd.read_parquet(path)
-    except Exception as error:
-        raise UserError(
-            f"{path}: not a readable Parquet file ({error}); delete it and run {made_by} again"
-        ) from None
-
+    table = read_parquet(path, made_by)
     for column in columns:
         if column not in table.columns:
             raise UserError(
@@ -153,7 +163,7 @@ def read_table(path: Path, columns: Iterable[str], made_by: str) -> pd.DataFrame
 
 def refuse_other_kinds(path: Path, table: pd.DataFrame, made_by: str, texts: Iterable[str],
                        numbers: Iterable[str] = ()) -> None:
-    """UserError if a cell of the columns `texts` is no text, or one of `numbers` no whole number."""
+    """UserError if a cell of the columns `texts` is no text, or of `numbers` no whole number."""
     for columns, kind, name in ((texts, str, "a text"), (numbers, Integral, "a whole number")):
         for column in columns:
             for row, value in enumerate(table[column], start=1):
@@ -239,15 +249,20 @@ def save_image(picture, path: Path) -> None:
         picture.save(temporary, format="PNG", compress_level=1)
 
 
+def read_picture(path: Path, mode: str):
+    """A PIL image of this mode ("" is the file's own), read to its end."""
+    from PIL import Image
+    with Image.open(path, formats=PICTURE_FORMATS) as image:
+        return image.convert(mode) if mode else image.copy()
+
+
 def open_image(path: Path, table: Path, row: int, mode: str = "RGB"):
-    """A PIL image of this mode ("" is the file's own), read to its end.
+    """A picture that a table names, as `read_picture` reads it.
 
     UserError: it cannot be read; the message names the row (from 1) of the table that names it.
     """
-    from PIL import Image
     try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
-            return image.convert(mode) if mode else image.copy()
+        return read_picture(path, mode)
     except Exception as error:
         raise UserError(
             f"{table}, row {row}: cannot read the image {path} ({error}); "
@@ -260,10 +275,8 @@ def open_made(path: Path, mode: str = "RGB"):
 
     UserError: it cannot be read; the message says what makes it again.
     """
-    from PIL import Image
     try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
-            return image.convert(mode) if mode else image.copy()
+        return read_picture(path, mode)
     except Exception as error:
         # A stage that is finished looks at its pictures again only where its table is missing.
         folder = Path(path).parent.parent

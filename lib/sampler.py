@@ -87,7 +87,6 @@ def paint_batches(s: Settings, unet, encoder: models.PromptEncoder, batches: lis
     scheduler = models.load_sampler(s)
     vae = models.load_vae(s)
     empty = encoder.unconditional()
-
     shape = models.latent_shape(s)
 
     # What a picture costs: guidance doubles the UNet's forwards.

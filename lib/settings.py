@@ -27,7 +27,6 @@ from lib.run import UserError, run_stage, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 # The learned scores of stage 05, and what can rank candidates.
 SCORES = ("pickscore", "hpsv2", "hpsv2.1", "imagereward", "aesthetics")
 REWARDS = ("implicit", "world", "world-aesthetics", *SCORES)
@@ -548,6 +547,11 @@ def in_world(s: Settings) -> bool:
     return s.eval_prompts in ("world", "dev")
 
 
+def labelled_elsewhere(s: Settings) -> bool:
+    """Whether the embedded world's pictures have been labelled by others than its own people."""
+    return in_world(s) and s.pairs != "world"
+
+
 def check_scores(s: Settings) -> None:
     """Refuse scores, and weights for scores, of a name that is none."""
     if s.scores not in ("world", "none"):
@@ -919,6 +923,10 @@ def main(argv: list[str]) -> None:
     """python -m lib.settings [settings]: start or check a run, and print what the driver needs."""
     from lib.preflight import refuse_lacking
     given, own = parse(argv, __doc__, RUN_ARGUMENTS)
+    require(
+        re.fullmatch(r"(seed|iter\d+)?", own.redo_from),
+        f"--redo-from {own.redo_from}: give seed, iter0, iter1, ...",
+    )
     made_in = Path(getattr(own, "from") or config_of(given).parent)
 
     def before_start(s: Settings) -> None:

@@ -30,7 +30,7 @@ else
     stamp="$root/.venv/.installed"
     pins=$(cat "$root/requirements.txt" "$root/lib/setup.sh" | cksum)
     if [ ! -x "$python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$pins" ]; then
-        echo "set-up: installing into $root/.venv (once; about 3 minutes and 5.4 GB) ..."
+        echo "set-up: installing into $root/.venv (once; about 3 minutes and 6.4 GB) ..."
         # Where making it was interrupted, it has no pip: it is made anew.
         "$python" -m pip --version >/dev/null 2>&1 || "${SAIL_PYTHON:-python3}" -m venv --clear "$root/.venv"
         "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"

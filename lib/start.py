@@ -17,7 +17,6 @@ from lib.settings import (ROOT, SCORES, Settings, check_device, in_world, micro_
                           named_weights, require)
 from lib.world import captions
 
-
 # Rows of the table that no training can start from.
 NO_MODELS = ("images:", "extrapolate:", "guide:")
 

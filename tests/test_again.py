@@ -7,16 +7,16 @@ import pandas as pd
 import pytest
 
 from conftest import call, refused, same_tensors, weights_of
-from lib import again, code
+from lib import again, code, settings
 from lib.lock import tidy
 from lib.run import UserError
 from lib.settings import RUN_ARGUMENTS, load
 
 
 def start(run, *arguments) -> None:
-    """The driver's first two calls."""
+    """The driver's first two calls, of which the second is told `--from` or the like alone."""
     load(["--run", str(run), *arguments], "", RUN_ARGUMENTS, create=True)
-    again.main(["--run", str(run), *arguments])
+    again.main(["--run", str(run), *arguments[:2]])
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_what_is_made_again_equals_what_was_there(mini_copy, mini, capsys):
 @pytest.mark.parametrize("where", ["iter", "2", "iter-1", "../iter1", "seed/../iter0"])
 def test_only_a_place_of_the_run_is_made_again(mini, where):
     with pytest.raises(UserError, match="--redo-from .*: give seed, iter0, iter1"):
-        start(mini, "--redo-from", where)
+        settings.main(["--run", str(mini), f"--redo-from={where}"])
 
 
 def test_all_may_be_made_again(mini_copy):
@@ -122,9 +122,9 @@ def test_an_edit_of_the_loss_is_tried_from_the_same_iter0(mini, tmp_path, edited
     assert "human pairs and prompts, Iter0, the candidates of round 1, their ranking" in \
         capsys.readouterr().out
 
-    settings = json.loads((run / "config.json").read_text())["settings"]
+    mine = json.loads((run / "config.json").read_text())["settings"]
     theirs = json.loads((mini / "config.json").read_text())["settings"]
-    differing = {name for name in settings if settings[name] != theirs[name]}
+    differing = {name for name in mine if mine[name] != theirs[name]}
     assert differing == {"run", "alpha"}
 
     tidy(run)

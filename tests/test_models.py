@@ -1,7 +1,7 @@
 """Any model: computed as its own pipeline does, or refused by name before anything is spent."""
 
-import gc
 import json
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -23,15 +23,6 @@ from lib.settings import PRESETS, Settings
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_to_collect():
-    """What is imported by now is left out when a model's memory is freed."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +153,10 @@ SCHEDULER = "scheduler/scheduler_config.json"
     (SCHEDULER, {"rescale_betas_zero_snr": True}, ["zero terminal SNR", "epsilon"]),
     (SCHEDULER, {"num_train_timesteps": 500}, ["500 timesteps", "1000"]),
     (SCHEDULER, {"beta_schedule": "odd"}, ["odd"]),
+    (SCHEDULER, {"timestep_spacing": "odd"}, ["a value that no model has"]),
+    (SCHEDULER, {"beta_start": math.nan}, ["betas"]),
+    (SCHEDULER, {"beta_start": 0., "beta_end": 0.}, ["betas"]),
+    (SCHEDULER, {"beta_start": .5, "beta_end": 3., "prediction_type": "v_prediction"}, ["betas"]),
     ("unet/config.json", {"time_cond_proj_dim": 8}, ["time_cond_proj_dim 8"]),
     ("unet/config.json", {"in_channels": 9}, ["9 channels", "inpainting"]),
     ("unet/config.json", {"cross_attention_dim": 20}, ["cross_attention_dim 20", "16"]),
@@ -174,6 +169,10 @@ SCHEDULER = "scheduler/scheduler_config.json"
     ("model_index.json", {"unet": 7}, ["a value that no model has"]),
     (SCHEDULER, {"trained_betas": []}, ["a value that no model has"]),
     ("vae/config.json", {"block_out_channels": 8}, ["a value that no model has"]),
+    ("vae/config.json", {"scaling_factor": math.nan}, ["scaling_factor nan"]),
+    ("vae/config.json", {"scaling_factor": "x"}, ["a value that no model has"]),
+    ("vae/config.json", {"scaling_factor": 0.}, ["scaling_factor 0.0"]),
+    ("vae/config.json", {"latents_mean": [0.] * 3}, ["3 latents_mean", "4 channels"]),
 ])
 def test_a_model_of_another_kind_is_refused_by_name(sd15, file, changes, words):
     rewrite(sd15 / file, **changes)
@@ -250,6 +249,11 @@ def test_weights_that_are_not_whole_are_refused(sd15, part, change, words):
     refused(message_of(load_all, settings(sd15)), part.split("/")[0], *words)
 
 
+def test_a_tokenizer_without_words_is_refused(sd15):
+    shutil.rmtree(sd15 / "tokenizer")
+    refused(message_of(load_all, settings(sd15)), "its tokenizer has", "download it again")
+
+
 def as_published(folder: Path, shards: bool) -> None:
     """Leave a pipeline only files in half precision, as `variant="fp16"` writes them."""
     from diffusers import DiffusionPipeline
@@ -290,14 +294,18 @@ def test_pickled_weights_are_refused_and_the_remedy_works(sd15):
 # ---- tokenizers are data ----
 
 def test_a_tokenizer_of_two_files_is_the_pipelines_own(pipelines, sd15):
+    words = json.loads((sd15 / "tokenizer/tokenizer.json").read_text())["model"]
     for file in (sd15 / "tokenizer").iterdir():
-        if file.name not in ("vocab.json", "merges.txt"):
-            file.unlink()
-    s, whole = settings(sd15), settings(pipelines["sd15"])
-    encoder = models.PromptEncoder(s)
-    ours = encoder.encode(encoder.load_encoders(), ["a red thing"])[0]
-    theirs = models.PromptEncoder(whole).encode(encoder.load_encoders(), ["a red thing"])[0]
-    assert torch.equal(ours["embeds"], theirs["embeds"])
+        file.unlink()
+    merges = [" ".join(pair) for pair in words["merges"]]
+    (sd15 / "tokenizer/vocab.json").write_text(json.dumps(words["vocab"]))
+    (sd15 / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+
+    embeds = []
+    for folder in (sd15, pipelines["sd15"]):
+        encoder = models.PromptEncoder(settings(folder))
+        embeds.append(encoder.encode(encoder.load_encoders(), ["a red thing"])[0]["embeds"])
+    assert torch.equal(*embeds)
 
 
 def test_code_that_comes_with_a_tokenizer_never_runs(sd15, monkeypatch):

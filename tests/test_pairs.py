@@ -505,8 +505,10 @@ def test_broken_pictures_on_the_hub_are_skipped_and_ones_own_are_named(tmp_path,
     (lambda folder: (folder / "l/1.jpg").unlink(), "w/1.jpg: no picture of that name in .*/l; add"),
     (lambda folder: (folder / "w/1.jpg").unlink(), "l/1.jpg: no picture of that name in .*/w; add"),
     (lambda folder: (folder / "w/1.txt").unlink(), "w/1.jpg: no caption 1.txt beside it; write"),
-    (lambda folder: (folder / "w/1.png").write_bytes(b"x"), "w/1.png: 1.jpg beside it has the same"),
+    (lambda folder: (folder / "w/1.png").touch(), "w/1.png: 1.jpg beside it has the same"),
     (lambda folder: (folder / "l/2.jpg").write_bytes(b"x"), "w/2.jpg: cannot read an image"),
+    (lambda folder: ((folder / "w/1.txt").unlink(), (folder / "w/1.txt").symlink_to(__file__)),
+     "w/1.txt: leaves .* through a link; copy"),
 ])
 def test_two_folders_that_do_not_fit_are_told(tmp_path, change, match):
     two_folders(tmp_path, user_rows(tmp_path, 3))
@@ -663,13 +665,16 @@ def test_bad_paths_of_a_text_table_are_found_before_the_first_pair(tmp_path):
     ("a.csv", "prompt,win\na,b\n",
      r"a.csv, row 1: no column 'lose'; it has prompt, win; needed: prompt, win, lose"),
     ("a.csv", "prompt,win,lose\na cat, sitting,1.jpg,2.jpg\n", "row 1: .*double quotes"),
+    ("a.csv", 'prompt,win,lose\na,1.jpg,2.jpg\n"b,1.jpg,2.jpg\n"c",1.jpg,2.jpg\n',
+     "a.csv: not readable as csv .row 2: "),
     ("a.csv", "prompt,win,lose\n", "no usable pair .it has no rows"),
     ("a.csv", "", "no usable pair"),
     ("a.csv", b"prompt,win,lose\n\xff\xfe,a,b\n", "a.csv, line 2: not readable as UTF-8; save"),
     ("a.jsonl", "", "no usable pair"),
     ("a.jsonl", '{"prompt": "a"}\n', "row 1: no column 'win'"),
     ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', "a.jsonl: not readable as jsonl .row 2"),
-    ("a.jsonl", "5\n", "row 1: does not fit"),
+    ("a.csv", "prompt,win,lose\na,b,c\n".encode("utf-16"), "line 1: not readable.*iconv -f UTF-16"),
+    ("a.jsonl", "5\n", "row 1: is 5, neither a prompt nor"),
     ("a.txt", "a\n", "no column 'win'"),
     ("a.parquet", "", "not a readable"),
 ])
@@ -750,6 +755,13 @@ def test_no_picture_starts_a_program(tmp_path, monkeypatch, door):
     with pytest.raises(Exception):
         Image.open(io.BytesIO(postscript)).load()
     assert (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_a_picture_whose_white_nobody_knows_is_refused(mode):
+    content = encoded(Image.new(mode, (8, 8)), "TIFF")
+    with pytest.raises(OSError, match="32 bits a pixel; save it with 8"):
+        decode(content, 4)
 
 
 def test_a_picture_that_unpacks_to_too_many_pixels_is_refused():

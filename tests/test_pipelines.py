@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import (call, encoded, jpeg, judge_of, make_pairs, make_pipeline, picture,
+from conftest import (UNET_FILE, call, encoded, jpeg, judge_of, make_pairs, make_pipeline, picture,
                       random_clip, refused, same_tensors, settings_of, shard_row, weights_of,
                       write_shard)
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lib import models
 from lib.data.few import fit_to_few_pairs
@@ -135,7 +135,9 @@ def case(request, tmp_path_factory, scorer) -> SimpleNamespace:
     if case.shards:
         changes += ["--pairs", str(odd_shards(folder / "shards")), "--prompts", "pairs"]
     run = seed_run(folder, "run", case.xl, scorer, *changes)
-    carry_on(run)
+
+    # Curves, walk and page once for each architecture, once with adapters.
+    carry_on(run, *(["--scores-only"] if case.shards else []))
     return SimpleNamespace(pipe=pipe, run=run, **vars(case))
 
 
@@ -224,17 +226,31 @@ def test_damaged_candidates_are_drawn_again_with_the_same_bits(case, tmp_path, c
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_stage_01_refuses_another_kind_of_model_before_anything(tmp_path):
-    make_pipeline(tmp_path / "model", False, "sample")
+def without_a_weight(folder: Path) -> None:
+    """Take one tensor out of the UNet's file."""
+    file = folder / "unet" / UNET_FILE
+    weights = load_file(file)
+    weights.pop("conv_out.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("prediction, change, words", [
+    ("sample", None, "prediction_type sample"),
+    ("epsilon", without_a_weight, "model/unet: its weights lack conv_out.weight"),
+])
+def test_stage_01_refuses_a_model_before_anything(tmp_path, prediction, change, words):
+    make_pipeline(tmp_path / "model", False, prediction)
+    if change:
+        change(tmp_path / "model")
     files = make_pairs(tmp_path / "own")
     message = call("01", tmp_path / "run", "--preset", "sd15", "--model", str(tmp_path / "model"),
                    "--pairs", str(files / "pairs.csv"), "--prompts", str(files / "prompts.txt"),
                    "--eval-prompts", str(files / "eval.txt"), *SMALL)
-    refused(message, str(tmp_path / "model"), "prediction_type sample")
+    refused(message, str(tmp_path / "model"), words)
     assert not (tmp_path / "run/seed").exists()
 
 
-# ---- every ablation and rival, several in a run, on both architectures ----
+# ---- every ablation and rival, several in a run; what makes a condition on both architectures ----
 
 @pytest.fixture(scope="module", params=[False, True], ids=["SD1.5", "SDXL"])
 def rival_run(request, tmp_path_factory, scorer):
@@ -278,6 +294,7 @@ def test_human_pairs_alone_from_a_given_start_and_the_controls(rival_run, mapo_r
     assert not np.allclose(scores["further"], scores["Iter0"], atol=1e-4)
 
 
+@pytest.mark.parametrize("rival_run", [False], indirect=True)
 def test_the_ablations_of_ranking(rival_run):
     run = rival_run("ranking", "--iters", "2", "--anchor", "iter0", "--select", "random",
                     "--alpha", "0.5", "--candidates", "4", "--reward-weights", "balanced",
@@ -292,6 +309,7 @@ def test_the_ablations_of_ranking(rival_run):
     assert judge_of(run, 2)["select"] == "random"
 
 
+@pytest.mark.parametrize("rival_run", [False], indirect=True)
 def test_online_dpo_by_a_learned_score(rival_run):
     run = rival_run("online", "--reward", "pickscore", "--alpha", "1")
     rewards = pd.read_parquet(run / "iter1/rewards.parquet")

@@ -125,8 +125,15 @@ def test_arithmetic_of_the_real_architectures(preset, unet, what, tflop):
     assert flops / 1e12 == pytest.approx(tflop, rel=.005)
 
 
-def test_the_command_prints_the_table_and_makes_no_folder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(probe, "BUDGET", dict.fromkeys(probe.BUDGET, .2))
+@pytest.fixture
+def short_probe(monkeypatch):
+    """Calls are small, and made once."""
+    monkeypatch.setattr(probe, "BUDGET", dict.fromkeys(probe.BUDGET, .1))
+    monkeypatch.setattr(probe, "REPEATS", 1)
+
+
+def test_the_command_prints_the_table_and_makes_no_folder(
+        tmp_path, capsys, monkeypatch, short_probe):
     monkeypatch.setenv("SAIL_LAUNCH", "accelerate launch --num_processes 2")
     command.main(["--plan", "--run", str(tmp_path / "none"), *SMALL])
     out = capsys.readouterr().out
@@ -136,9 +143,8 @@ def test_the_command_prints_the_table_and_makes_no_folder(tmp_path, capsys, monk
     assert not (tmp_path / "none").exists()
 
 
-def test_hours_are_those_of_the_probes_parts(tmp_path, monkeypatch):
+def test_hours_are_those_of_the_probes_parts(tmp_path, short_probe):
     """On the embedded world, with LoRA."""
-    monkeypatch.setattr(probe, "BUDGET", dict.fromkeys(probe.BUDGET, .2))
     run = str(tmp_path / "none")
     s, _ = command.settings_of(["--plan", "--run", run, "--lora-rank", "2", *SMALL])
     table, measured, _ = report.plan(s, 1)
@@ -206,6 +212,28 @@ def test_a_given_iter0_leaves_the_human_pairs_mirrors_to_round_1():
     assert first - second == pytest.approx(4e9, rel=.01)
 
 
+def test_few_held_out_pairs_take_five_trainings_more():
+    """12 pairs of one's own in folds of 3, 3, 2, 2, 2, each judged by a model of the others."""
+    own = dict(pairs="own.csv", prompts="own.txt", eval_prompts="", iters=2, iter_prompts="6",
+               seed_pairs=10, holdout_pairs=2, iter0_steps=20, flip=.5, batch=4, draws=10)
+    s = Settings(**PRESETS["tiny"] | own)
+    table = counts.counts(s)
+    assert table.stage.tolist()[1:5] == ["04_train_dpo", "02_generate", "crossfit", "03_rank"]
+
+    # 20 steps for 10 pairs are 18 for 9; then both pictures of a pair by two models at each draw.
+    row = table.to_dict("records")[3]
+    steps, ranked = 18 + 18 + 20 + 20 + 20, 12 * 2 * 2 * 10
+    found = [row[name] for name in ("optimizer_steps", "unet_forwards", "encodes")]
+    assert found == [steps, steps * 4 * 4 + ranked, 4]
+    seconds = {"encode": 0., "decode": 0., "sample": 0., "rank": 3., "pair": 5., "step": 7.}
+    expected = ranked * 3 + steps * (4 * 5 + 7)
+    assert report.hours_of(s, seconds, row) * 3600 == pytest.approx(expected)
+    flops = {"unet": 1., "encode": 0., "decode": 0.}.get
+    arithmetic = architecture.pair_arithmetic(s) * 4 * steps + ranked
+    assert report.arithmetic_of(s, flops, row) == arithmetic
+    assert "crossfit" not in set(counts.counts(replace(s, holdout_pairs=100)).stage)
+
+
 # ---- a card that is not here ----
 
 @pytest.fixture(scope="module")
@@ -267,11 +295,11 @@ CALLS = """
 import json, os, resource, sys, psutil, torch
 from diffusers import UNet2DConditionModel
 from lib.diffusion import predict
-from lib.plan.architecture import random_inputs
 
 def peak_of_training(config, side):
     unet = UNet2DConditionModel.from_config(config).train()
-    given = random_inputs(unet, 77, side, 8, "cpu")
+    embeds = torch.randn(4, 77, config["cross_attention_dim"])
+    given = torch.randn(4, 4, side, side), torch.full((4,), 500), {"embeds": embeds}
     base = psutil.Process().memory_info().rss
     for micro_batch in range(2):
         predict(unet, *given).square().mean().backward()
@@ -285,13 +313,13 @@ print(peak_of_training(config, 16))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are counted in other units")
 def test_the_memory_model_agrees_with_a_process():
-    """The peak of a real training on 4 pairs, the allocator giving back what is free."""
+    """The peak of a real training on 2 pairs, the allocator giving back what is free."""
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", CALLS, json.dumps(MIDDLE)], env=env,
                           capture_output=True, text=True, check=True)
 
     known = architecture.Architecture(MIDDLE, architecture.SD_VAE, 77, "")
-    s = Settings(resolution=128, micro_batch=4, batch=4, dtype="float32", device="cpu")
+    s = Settings(resolution=128, micro_batch=2, batch=2, dtype="float32", device="cpu")
     counted = memory.Memory(s, known, True)
     expected = counted.activations(s) + counted.held_in_training(s)["gradients"]
     assert int(done.stdout) == pytest.approx(expected, rel=.2)
@@ -362,9 +390,8 @@ def test_numbers_of_the_text_encoders():
     assert architecture.architecture_of(s).text_weights == pytest.approx(count, rel=.02)
 
 
-def test_too_little_memory_is_said(monkeypatch):
+def test_too_little_memory_is_said(monkeypatch, short_probe):
     """A device that holds neither the UNet nor a training step: the VAE's speed gives the hours."""
-    monkeypatch.setattr(probe, "BUDGET", dict.fromkeys(probe.BUDGET, .1))
     monkeypatch.setattr(probe, "free_memory", lambda device: 10_000)
     s = Settings(run="none")
     measured = probe.Probe(s, architecture.architecture_of(s)).run()

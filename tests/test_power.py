@@ -127,7 +127,8 @@ def test_a_table_is_on_the_disk_after_what_it_names(tmp_path):
     """The same order for the folder of a model."""
     import pandas as pd
 
-    from lib.run import atomic, place_folder, write_table
+    from lib.files import place_folder
+    from lib.run import atomic, write_table
     for last in ("table", "model"):
         run = tmp_path / last
         run.mkdir()

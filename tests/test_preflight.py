@@ -1,4 +1,4 @@
-"""What a run will need is asked for at once: one list, a remedy for each that works, nothing spent."""
+"""What a run will need is asked for at once: one list, remedies that work, and nothing spent."""
 
 import re
 import shutil
@@ -10,12 +10,15 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from conftest import ENV, ROOT, fake_hub, make_pairs, make_pipeline, make_shards, refused
+from conftest import (ENV, ROOT, fails_with, fake_hub, make_pairs, make_pipeline, make_shards,
+                      refused)
 from huggingface_hub import constants
 
 from lib import hub, models, preflight, settings
 from lib.plan import disk
 from lib.plan.architecture import architecture_of
+from lib.plan.report import in_gb
+from lib.preflight import check_memory
 from lib.run import UserError
 from lib.settings import PRESETS, Settings
 
@@ -28,6 +31,7 @@ def at_hand(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("at hand") / "all"
     make_pairs(folder, 12)
     make_pipeline(folder / "model", xl=False, prediction="epsilon")
+    (folder / "more.txt").write_text("other things\n")
     (folder / "score").mkdir()
     (folder / "score" / HPS).write_bytes(b"weights")
     return folder
@@ -37,6 +41,7 @@ def at_hand(tmp_path_factory) -> Path:
 def own(at_hand, tmp_path, monkeypatch) -> Path:
     """A copy of it to break, on a machine that the hub does not answer."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(preflight, "check_memory", lambda *_: "")
     hub.hub_names.cache_clear()
     models.pipeline_config.cache_clear()
     return shutil.copytree(at_hand, tmp_path / "all")
@@ -67,7 +72,8 @@ def missing(lines: dict[str, str]) -> list[str]:
     return [thing for thing, told in lines.items() if not told.startswith("ok")]
 
 
-def test_with_everything_at_hand_all_is_ok_and_nothing_is_made(own, capsys):
+def test_with_everything_at_hand_all_is_ok_and_nothing_is_made(own, capsys, monkeypatch):
+    monkeypatch.setattr(preflight, "check_memory", check_memory)
     lines, error = ask(capsys, *flags(own))
     assert error == ""
     assert missing(lines) == []
@@ -93,6 +99,8 @@ def rewrite(file: Path, old: str, new: str) -> None:
 BREAKS = [
     (["--model", "me/none"], None, "model", ["me/none", "out of reach", "local copy"],
      ["--model", "OWN/model"]),
+    (["--model", "OWN/model/unet/diffusion_pytorch_model.safetensors"], None, "model",
+     ["is one file", "convert it", "give that FOLDER"], ["--model", "OWN/model"]),
     ([], lambda own: (own / "model/unet/diffusion_pytorch_model.safetensors").unlink(), "model",
      ["unet/", "download it again"], []),
     ([], lambda own: cut_off(own / "model/text_encoder/model.safetensors"), "model",
@@ -117,9 +125,9 @@ BREAKS = [
     (["--iter-prompts", "3"], None, "prompts", ["9 prompts are needed", "--iters"],
      ["--iters", "2"]),
     (["--eval-prompts", "OWN/eval.txt,parti"], None, "benchmark parti",
-     ["out of reach", "parti=PATH"], ["--eval-prompts", "OWN/eval.txt,parti=OWN/prompts.txt"]),
-    (["--eval-prompts", "OWN/eval.txt,eval=OWN/prompts.txt"], None, "benchmarks",
-     ["another=OWN/prompts.txt"], ["--eval-prompts", "OWN/eval.txt,another=OWN/prompts.txt"]),
+     ["out of reach", "parti=PATH"], ["--eval-prompts", "OWN/eval.txt,parti=OWN/more.txt"]),
+    (["--eval-prompts", "OWN/eval.txt,eval=OWN/more.txt"], None, "benchmarks",
+     ["another=OWN/more.txt"], ["--eval-prompts", "OWN/eval.txt,another=OWN/more.txt"]),
     (["--score-weights", ""], None, "score hpsv2",
      [f"https://huggingface.co/xswu/HPSv2/resolve/main/{HPS}", "--score-weights hpsv2=FOLDER"],
      ["--score-weights", "hpsv2=OWN/score"]),
@@ -189,17 +197,17 @@ def test_a_disk_that_is_too_small_is_told_with_what_is_needed(own, capsys, monke
     refused(lines["disk"], "1e-06 GB free", "takes about", "--run")
 
 
-def test_memory_that_is_too_small_is_told_with_settings_that_fit(monkeypatch):
-    s = Settings(**PRESETS["sd15"] | {"resolution": 256, "device": "cpu"})
+def test_memory_that_is_too_small_is_told_with_settings_that_fit(own, monkeypatch):
+    s = settings.planned(flags(own, "--sample-batch", "20000"), "")
     architecture = architecture_of(s, ask_hub=False)
-    monkeypatch.setattr(preflight, "room_of_device", lambda s: ("a small card", int(12e9)))
-    with pytest.raises(UserError) as caught:
-        preflight.check_memory(s, architecture)
-    refused(str(caught.value), "a small card has 12 GB", "the run takes about")
+    monkeypatch.setattr(preflight, "room_of_device", lambda s: ("a small card", int(2e9)))
+    message = fails_with("a small card has 2 GB, and the run takes about", check_memory, s,
+                         architecture)
 
-    words = str(caught.value).rpartition("give ")[2].split()
+    words = message.rpartition("give ")[2].split()
+    assert words[0] == "--sample-batch"
     given, _ = settings.parse(words, "", {})
-    assert preflight.check_memory(replace(s, **given), architecture).endswith(" of 12 GB")
+    assert check_memory(replace(s, **given), architecture).endswith(" of 2 GB")
 
 
 # ---- the hub ----
@@ -251,7 +259,8 @@ def test_of_a_hub_that_answers_lists_are_asked_and_nothing_is_downloaded(
     assert (missing(lines), error) == ([], "")
     assert lines["pairs"] == "ok 3 shards on the hub"
     assert lines["prompts"] == "ok those of --pairs"
-    assert "pairs 21 GB, scores 3.9 GB" in lines["disk"]
+    size = in_gb(disk.SCORE_WEIGHTS["hpsv2"][0])
+    assert lines["disk"].endswith(f"to be downloaded: pairs 21 GB, scores {size}")
     assert log == [name for name in log if name.startswith("peek data/train")]
     assert len(log) == 1
 
@@ -267,10 +276,14 @@ def test_of_a_hub_that_answers_lists_are_asked_and_nothing_is_downloaded(
     ("--iters many", ["--iters", "invalid int"]),
     ("--sampel-steps 3", ["did you mean --sample-steps"]),
     ("--lr nan", ["--lr nan", "above 0"]),
+    ("--cfg-scale nan", ["--cfg-scale nan", "at least 0"]),
+    ("--weight-decay nan", ["--weight-decay nan", "at least 0"]),
+    ("--micro-batch 0", ["--micro-batch 0", "at least 1"]),
     ("--scores hpsv2 --score-weights hpsv2=/none", ["hpsv2=/none", "no such file"]),
     ("--eval-count 99999", ["--eval-count 99999", "ask for fewer"]),
 ])
-def test_a_slip_is_told_before_anything_is_made(tmp_path, capsys, given, words):
+def test_a_slip_is_told_before_anything_is_made(tmp_path, capsys, monkeypatch, given, words):
+    monkeypatch.setattr(preflight, "look_for_room", lambda *_: [])
     lines, error = ask(capsys, "--run", str(tmp_path / "run"), *given.split())
     assert error
     told = "\n".join([*lines.values(), error])
@@ -279,18 +292,11 @@ def test_a_slip_is_told_before_anything_is_made(tmp_path, capsys, given, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_driver_checks_and_ends_with_2_where_something_is_missing(tmp_path):
-    def check(*given):
-        return subprocess.run([ROOT / "run_sail.sh", "tiny", "--run", tmp_path / "run", *given,
-                               "--check"], env=ENV, capture_output=True, text=True)
-
-    done = check()
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "model: ok lib/world/base\n" in done.stdout
-    done = check("--start", "nope")
-    assert done.returncode == 2
-    refused(done.stderr.strip(), "error: 1 of ")
-    assert "start: missing: --start nope" in done.stdout
+def test_the_driver_checks_alone_and_ends_with_2_where_something_is_wrong(tmp_path):
+    command = [ROOT / "run_sail.sh", "tiny", "--run", tmp_path / "run", "--scores", "x", "--check"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    refused(done.stderr.strip(), "error: --scores x")
     assert not (tmp_path / "run").exists()
 
 
@@ -314,8 +320,8 @@ def test_a_run_is_refused_with_the_list_of_what_its_stages_would_lack(own, capsy
     refused(error, "2 of the things", "missing", "same command again")
 
     # One thing is the error itself.
-    lines, error = drive(capsys, *flags(own, "--start", "nope"))
-    assert lines == []
+    lines, error = drive(capsys, *flags(own, "--start", "nope", "--score-weights", ""))
+    assert [line.partition(":")[0] for line in lines] == ["score hpsv2"]
     refused(error, "--start nope", "no such file")
     assert not (own.parent / "run").exists()
 
@@ -324,7 +330,7 @@ def test_without_a_score_a_run_begins_and_says_so(own, capsys):
     lines, error = drive(capsys, *flags(own, "--score-weights", ""))
     assert error == ""
     assert len(lines) == 1
-    refused(lines[0], "score hpsv2: missing", HPS, "the run does all the rest without it")
+    refused(lines[0], "score hpsv2: missing", HPS, "the run begins, or goes on, all the same")
     assert (own.parent / "run/config.json").exists()
 
 
@@ -333,16 +339,18 @@ def test_a_run_that_goes_on_is_asked_for_what_is_still_to_come(own, capsys, monk
     assert drive(capsys, *flags(own)) == ([], "")
     (run / "prompts.parquet").touch()
     (own / "pairs.csv").unlink()
-    monkeypatch.setattr(disk, "free_disk", lambda s: (1000, own))
-    lines, error = drive(capsys, "--run", str(run))
-    assert error == ""
-    assert [line.partition(":")[0] for line in lines] == ["disk"]
+    assert drive(capsys, "--run", str(run)) == ([], "")
 
     # A run from another one has its pairs, too.
     other = ["--run", str(own.parent / "other"), "--from", str(run)]
-    monkeypatch.undo()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert drive(capsys, *other) == ([], "")
+
+    # A full disk stops no run that can wait for room.
+    with monkeypatch.context() as small:
+        small.setattr(disk, "free_disk", lambda s: (1000, own))
+        lines, error = drive(capsys, "--run", str(run))
+    assert error == ""
+    assert [line.partition(":")[0] for line in lines] == ["disk"]
 
     shutil.rmtree(own / "model")
     lines, error = drive(capsys, "--run", str(run))

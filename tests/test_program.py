@@ -5,6 +5,7 @@ import fcntl
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,10 +44,11 @@ with told_in_one_line():
     time.sleep(60)
 """
 
-# Stands in for python: settings without torch, and the stage above for every stage.
+# Stands in for python: settings without torch, a run as it is, and the stage above for every stage.
 PYTHON = """#!/bin/sh
 case "$1 $2" in
 "-m lib.settings") printf '1\\n0.25\\n%s/\\n' "{run}";;
+"-m lib.again") ;;
 "-m "*) exec "{python}" "$@";;
 *) exec "{python}" "{stage}";;
 esac
@@ -108,15 +110,21 @@ def test_a_stage_ends_with_its_driver(at_work, tmp_path, name, code):
 SLOW_LIBRARY = "import pathlib, time; pathlib.Path({flag!r}).touch(); time.sleep(60)"
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("0*.py")))
-def test_a_stage_is_stopped_while_its_libraries_load(tmp_path, script):
+STAGES = sorted(path.name for path in ROOT.glob("0*.py"))
+MODULES = ["settings", "again", "warm", "preflight", "plan", "study", "eval.compare",
+           "taste.label", "taste.duel"]
+
+
+@pytest.mark.parametrize("script", [*STAGES, *MODULES])
+def test_a_program_is_stopped_while_its_libraries_load(tmp_path, script):
     flag = tmp_path / "loading"
     for library in ("pandas", "numpy", "torch"):
         (tmp_path / f"{library}.py").write_text(SLOW_LIBRARY.format(flag=str(flag)))
     number = signal.SIGTERM if script.startswith("04") else signal.SIGINT
 
-    stage = subprocess.Popen([sys.executable, ROOT / script], stderr=subprocess.PIPE, text=True,
-                             env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    command = [ROOT / script] if script in STAGES else ["-m", f"lib.{script}"]
+    stage = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True,
+                             env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     wait_for(flag.exists)
     stage.send_signal(number)
     _, told = stage.communicate()
@@ -148,6 +156,23 @@ def test_a_stage_that_is_started_by_hand_has_the_lock(tmp_path, monkeypatch):
     for descriptor in lock._open.values():
         os.close(descriptor)
     assert is_free(tmp_path)
+
+
+def test_a_killed_drivers_stage_is_waited_for(tmp_path, monkeypatch):
+    """It has the lock still, and ends within seconds."""
+    with subprocess.Popen(["true"]) as driver:
+        pass
+    code = "import fcntl, time; fcntl.flock(1, fcntl.LOCK_EX); print(1, flush=True); time.sleep(.5)"
+    with open(tmp_path / ".lock", "w") as file:
+        stage = subprocess.Popen([sys.executable, "-c", code], stdout=file)
+    wait_for((tmp_path / ".lock").read_text)
+    signed = f"process {{}} on {socket.gethostname()} since today: x"
+    (tmp_path / ".lock").write_text(signed.format(os.getpid()))
+    refused(line_of(lock.check_folder, tmp_path), f"process {os.getpid()} on", "wait until")
+
+    (tmp_path / ".lock").write_text(signed.format(driver.pid))
+    lock.check_folder(tmp_path)
+    assert stage.wait() == 0
 
 
 def test_a_file_system_without_locks_is_told_in_a_line(tmp_path, monkeypatch, capsys):
@@ -204,12 +229,17 @@ def test_the_driver_is_told_a_folder_as_it_is(tmp_path, monkeypatch, capsys, nam
     (errno.EROFS, ["Read-only file system", "another --run"]),
     (errno.EACCES, ["Permission denied", "another --run"]),
     (errno.EPERM, ["not permitted", "another --run"]),
+    (errno.EPIPE, ["Broken pipe", "the same command continues"]),
 ])
 def test_a_disk_that_refuses_is_told_in_a_line(number, words):
     error = OSError(number, os.strerror(number), "/some/run/seed/1.png")
     refused(program.message_of(error), "/some/run/seed/1.png: ", *words)
     assert program.message_of(ValueError("something else")) is None
     assert program.message_of(OSError("no number")) is None
+
+    # Of a file that is renamed it is the name to be that counts.
+    error = IsADirectoryError(errno.EISDIR, "Is a directory", ".a.1.sail.tmp", None, "a")
+    refused(program.message_of(error), "a: Is a directory; move it away")
 
 
 def test_every_library_says_that_there_is_no_room(tmp_path):
@@ -246,6 +276,17 @@ def test_what_nobody_has_foreseen_is_kept_in_a_file(tmp_path, monkeypatch, capsy
         file = Path(next(word for word in line.split() if str(where) in word).rstrip(";"))
         assert "raise KeyError" in file.read_text()
         file.unlink()
+
+
+def test_output_that_nobody_reads_is_told_in_a_line(tmp_path):
+    code = "from lib.program import *\nwith told_in_one_line(): print('a' * 100_000)"
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writes, stderr=subprocess.PIPE,
+                          text=True, cwd=ROOT)
+    os.close(writes)
+    assert done.returncode == 2
+    refused(done.stderr.strip(), "error: ", "Broken pipe", "continues from here")
 
 
 # ---- the ledger ----

@@ -117,11 +117,11 @@ def test_read_prompts_in_each_format(tmp_path, write):
     ("a.json", "[]", "holds no prompt"),
     ("a.json", "{}", "no list"),
     ("a.json", "[", "not readable as json"),
-    ("a.json", "[[1]]", "row 1: does not fit"),
+    ("a.json", "[[1]]", r"row 1: is \[1\], neither"),
     ("a.json", "[" * 100_000, "not readable as json .maximum recursion depth"),
     ("a.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, "not readable as jsonl .row 2: maximum"),
     ("a.json", '["a", "\\ud800"]', r"row 2: prompt '\\ud800' has half a character; correct it"),
-    ("a.json", '["a", 5]', "row 2: does not fit"),
+    ("a.json", '["a", 5]', "row 2: is 5, neither"),
     ("a.json", '[{"caption": 5}]', "row 1: caption is 5 and no text"),
     ("a.json", '{"x": ["a", ["b"]]}', "row 2: prompt is .'b'. and no text"),
     ("a.jsonl", '{"prompt": {"text": "a"}}', "row 1: prompt is {'text': 'a'} and no text"),
@@ -586,14 +586,14 @@ def seeded(tmp_path_factory, source) -> SimpleNamespace:
     (folder / "own.txt").write_text("new\nmy own\n")
     said = io.StringIO()
     read = []
-    real = pairs.shard_records
+    real = pairs.shard_rows
 
-    def note_and_read(file, *more):
+    def note_and_read(file, *more, **options):
         read.append(file.name)
-        return real(file, *more)
+        return real(file, *more, **options)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(pairs, "shard_records", note_and_read)
+        patch.setattr(pairs, "shard_rows", note_and_read)
         run_stage_01(
             folder / "run",
             "--pairs", source,

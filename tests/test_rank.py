@@ -16,6 +16,7 @@ from lib import crossfit
 from lib.intervals import pairs_to_tell, wilson
 from lib.judge import CROSSFIT, read_judge, verdict
 from lib.models import PromptEncoder
+from lib.plan.counts import count_crossfit
 from lib.plan.stages import load_stage
 from lib.run import generator, latent_path
 from lib.settings import Settings
@@ -587,6 +588,13 @@ def test_few_held_out_pairs_are_helped_by_all_the_others(few_pairs, monkeypatch,
     assert len(draws) == 14 * 2 * 3
     assert draws.error.ne(draws.anchor_error).any()
     assert len(trained_on) == crossfit.FOLDS
+
+    # It took what the plan counts.
+    ledger = pd.read_parquet(few_pairs / "ledger.parquet").set_index("stage")
+    planned = count_crossfit(settings_of(few_pairs))
+    for name in ("optimizer_steps", "unet_forwards"):
+        assert ledger.loc["crossfit", name].sum() == planned[name] > 0
+
     for number, others in enumerate(trained_on, start=1):
         table = pd.read_parquet(few_pairs / f"judge/fold{number}/holdout_draws.parquet")
         fold = human[human.pair_id.isin(table.pair_id)]
@@ -633,9 +641,9 @@ def test_a_round_tells_its_verdict(mini, mini_copy, capsys):
     b'{"pairs": 0, "diversity": NaN, "margin": 1.0}'])
 def test_a_judge_that_stage_03_has_not_written_is_none(mini, tmp_path, content):
     path = tmp_path / "judge.json"
-    assert read_judge(path) is None
+    assert read_judge(path) == {}
     path.write_bytes(content)
-    assert read_judge(path) is None
+    assert read_judge(path) == {}
     path.write_text(json.dumps(judge_of(mini, 1)))
     assert read_judge(path) == judge_of(mini, 1)
 

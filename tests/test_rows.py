@@ -1,7 +1,6 @@
 """Stage 05: each kind of row is what it says, and a score belongs to nothing but its pictures."""
 
 import dataclasses
-import gc
 import json
 import shutil
 import threading
@@ -66,18 +65,6 @@ def refuses(call, *arguments) -> str:
         call(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_to_collect():
-    """What is imported by now is left out when the stage frees a model's memory.
-
-    That is half the time of a small evaluation.
-    """
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -530,10 +517,23 @@ def test_a_trained_model_that_is_damaged_is_told_how_to_be_made_again(run, conte
     assert f"delete {run}/iter3/unet and run 04_train_dpo.py --run {run} --iter 3" in message
 
 
-def test_an_adapter_of_another_model_is_refused(bad_models, s):
-    message = refuses(rows.load_row, s, str(bad_models / "elsewhere.safetensors"))
-    assert "elsewhere.safetensors" in message
-    assert "give an adapter of this model" in message
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, words", [
+    ("elsewhere.safetensors", "give an adapter of this model"),
+    ("biased.safetensors", "cannot be merged"),
+    ("halved.safetensors", "a whole one"),
+])
+def test_an_adapter_that_does_not_fit_is_refused(bad_models, adapters, s, name, words):
+    biased = add_adapter(changed(0), r=4, lora_alpha=4, lora_bias=True)
+    save_file({f"unet.{key}": weight for key, weight in biased.items()},
+              bad_models / "biased.safetensors")
+    halved = load_file(adapters / "mine.safetensors")
+    del halved[min(halved)]
+    save_file(halved, bad_models / "halved.safetensors")
+
+    message = refuses(rows.load_row, s, str(bad_models / name))
+    assert name in message
+    assert words in message
 
 
 # ---- which rows there are ----
@@ -564,6 +564,7 @@ def test_only_these_models_are_drawn_scored_and_shown(run, only, names):
     (["--row", "base=x/y"], ["'base'", "taken"]),
     (["--only", "base", "--row", "Iter0=x/y"], ["'Iter0'", "taken"]),
     (["--row", "x/y"], ["--row x/y", "NAME=WHERE"]),
+    (["--row", " =x/y"], ["NAME=WHERE"]),
     (["--row", "m=x/y", "--row", "m=x/z"], ["'m'", "taken"]),
     (["--images", "x", "--only", "base"], ["--images", "--row NAME=images:PATH"]),
 ])

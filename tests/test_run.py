@@ -414,7 +414,8 @@ def test_the_driver_sweeps_up_what_a_kill_left_half_written(driven, tmp_path):
     assert {name: (run / name).exists() for name in LEFT} == LEFT
 
 
-RESULTS = ["prompts.parquet", "iter1/candidates.parquet", "iter2/pairs.parquet",
+RESULTS = ["seed/holdout.parquet", "benchmarks.parquet", "prompts.parquet",
+           "iter1/candidates.parquet", "iter2/pairs.parquet",
            "iter1/unet/diffusion_pytorch_model.safetensors", "iter0/unet/config.json"]
 
 
@@ -582,6 +583,9 @@ def test_a_table_that_is_no_parquet(mini_copy):
     shutil.rmtree(mini_copy / "iter2/unet")
     (mini_copy / "seed/pairs.parquet").write_bytes(b"not parquet")
     refused(call("04", mini_copy, "--iter", "2"), "seed/pairs.parquet", "not a readable Parquet")
+    (mini_copy / "seed/pairs.parquet").unlink()
+    (mini_copy / "seed/pairs.parquet").mkdir()
+    refused(call("04", mini_copy, "--iter", "2"), "seed/pairs.parquet: is a folder; remove it")
 
 
 def test_a_prompt_in_two_splits(mini_copy):

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,10 +27,14 @@ import pandas as pd
 import pytest
 import torch
 import uvicorn
-from conftest import ENV, ROOT, fails_with, picture
+from conftest import (ENV, ROOT, call, fails_with, make_pairs, picture, refused,
+                      settings_of)
 
-from lib.settings import PRESETS, Settings
-from lib.taste import draw, duel, label, person, server, votes
+from lib import judge
+from lib.data import few
+from lib.data.folders import agreement_beside
+from lib.settings import PRESETS, Settings, build_parser, check
+from lib.taste import draw, duel, experiment, label, person, server, tally, votes
 from lib.taste.answers import UNDO, Answer, AnswerFile, labels, standing
 from lib.taste.answers import votes as votes_of
 from lib.taste.showings import GAP, Showing, comes_twice, left_of, neighbours, outlook
@@ -882,3 +888,244 @@ def test_a_scripted_person_labels_through_the_page(tmp_path):
         chosen = (tmp_path / "run" / row.win).read_bytes()
         names = [path.name for path in folder.glob("*.png") if path.read_bytes() == chosen]
         assert int(names[0][0]) < 4
+
+
+# ---- learning from labels ----
+
+def labelled_folder(folder: Path, captions: list[str], agrees: dict | None = None) -> Path:
+    """What ./run_sail.sh label leaves: pairs of pictures of captions, and how far people agree."""
+    (folder / "images").mkdir(parents=True)
+    lines = ["prompt,win,lose"]
+    for number, caption in enumerate(captions):
+        for side in "ab":
+            name = f"images/{number}_{side}.png"
+            picture(2 * number + (side == "b"), (32, 32)).save(folder / name)
+        lines.append(f"{caption},images/{number}_a.png,images/{number}_b.png")
+    (folder / "pairs.csv").write_text("\n".join(lines))
+    (folder / "shown.parquet").touch()
+    if agrees is not None:
+        (folder / "agreement.json").write_text(json.dumps({"agrees_with_self": agrees}))
+    return folder
+
+
+def test_labels_of_the_worlds_captions_are_a_run_with_other_captions(tmp_path, capsys):
+    from lib.world.captions import world_captions
+    captions = world_captions()
+    eval_caption = captions["world"][3]
+    agrees = {"value": .75, "low": .4, "high": .9, "pairs": 8}
+    labels_of = captions["rest"][:20] + [eval_caption]
+    folder = labelled_folder(tmp_path / "taste", labels_of, agrees)
+    run = tmp_path / "run"
+    small = ["--eval-count", "8", "--iters", "2", "--candidates", "2"]
+    assert call("01", run, "--pairs", str(folder), *small) is None
+    told = capsys.readouterr().out
+    assert "16 human pairs, 4 held out" in told and "prompt of the evaluation 1" in told
+
+    s = settings_of(run)
+    assert (s.scores, s.seed_pairs, s.holdout_pairs) == ("world", 16, 4)
+    prompts = pd.read_parquet(run / "prompts.parquet")
+    assert not set(prompts.prompt) & set(labels_of[:-1])
+    assert set(prompts[prompts.split == "eval"].prompt) == set(captions["world"][:8])
+    assert set(prompts[prompts.split != "eval"].prompt) <= set(captions["rest"])
+
+    # 16 human pairs, 6 times, are three quarters of 128 places: 32 of them are self-made.
+    assert (prompts.split == "iter1").sum() == (prompts.split == "iter2").sum() == 32
+    assert json.loads((run / "seed/people.json").read_text()) == {
+        "agree_with_themselves": .75, "low": .4, "high": .9, "pairs": 8}
+    told = judge.agreement_of_people(run)
+    _, sentence = judge.verdict({"pairs": 20, "accuracy": .7, "low": .48, "high": .85} | told)
+    assert "(people agree with themselves in 75% [40%, 90%] of 8 pairs shown twice)" in sentence
+
+
+@pytest.mark.parametrize("text", [None, "", "[1]", '{"agrees_with_self": {"pairs": 0}}',
+                                  '{"agrees_with_self": {"value": "x", "low": 0, "high": 1, '
+                                  '"pairs": 3}}'])
+def test_without_pairs_shown_twice_nothing_is_told_of_agreement(tmp_path, text):
+    folder = labelled_folder(tmp_path / "taste", ["a"])
+    if text is not None:
+        (folder / "agreement.json").write_text(text)
+    assert agreement_beside(str(folder)) == {}
+    (folder / "seed").mkdir()
+    (folder / "seed/people.json").write_text(text or "")
+    assert judge.agreement_of_people(folder) == {}
+
+
+@pytest.mark.parametrize("given, words", [
+    (["--pairs", "own"], ["'a thing, number", "no caption of the embedded world", "--prompts"]),
+    (["--pairs", "own", "--eval-prompts", "world", "--resolution", "64"], ["--resolution 64"]),
+    (["--pairs", "own", "--prompts", "own/prompts.txt"],
+     ["--prompts own/prompts.txt", "all three"]),
+    (["--pairs", "own", "--reward", "world"], ["--reward world", "give another"]),
+])
+def test_pairs_that_do_not_fit_the_world_are_refused(tmp_path, monkeypatch, given, words):
+    make_pairs(tmp_path / "own", 6)
+    monkeypatch.chdir(tmp_path)
+    refused(call("01", tmp_path / "run", *given), *words)
+
+
+def test_fewest_labels_that_can_be_trained_on(tmp_path):
+    from lib.world.captions import world_captions
+    s = Settings(pairs=str(labelled_folder(tmp_path / "taste", world_captions()["rest"][:4])))
+    fails_with("4 pairs are too few to hold one out", few.fit_to_few_pairs, s, [])
+
+
+@pytest.mark.parametrize("preset, changes", [
+    ("tiny", {}),
+    ("tiny", {"seed": 4, "cfg_scale": 3.}),
+    ("sd15", {"prompts": "my prompts.txt", "model": "me/mine"}),
+    ("sdxl", {"prompts": "pairs", "eval_prompts": "pickapic", "resolution": 512}),
+])
+def test_the_command_that_is_printed_takes_the_settings_of_the_labels(preset, changes):
+    s = Settings(**PRESETS[preset] | {"run": "runs/my labels"} | changes)
+    command, _, _ = label.command_to_align(s).partition("   (")
+    program, given_preset, *words = shlex.split(command)
+    assert (program, given_preset) == ("./run_sail.sh", preset)
+    given = vars(build_parser("").parse_args(words))
+    of_run = check(Settings(**PRESETS[preset] | given))
+    assert (of_run.pairs, of_run.run) == ("runs/my labels", "runs/my labels-aligned")
+    for name in label.OF_THE_MODEL:
+        assert getattr(of_run, name) == getattr(s, name)
+    assert "pickapic" not in of_run.eval_prompts
+    assert of_run.prompts == {"pairs": "FILE"}.get(s.prompts, s.prompts)
+
+
+def test_labels_are_up_to_date_after_every_answer(tmp_path, pictures):
+    desk = desk_at(tmp_path, pictures)
+    for number in range(3):
+        desk.take({"id": f"answer-{number}", "pair": number, "turn": 1, "answer": "left",
+                   "seconds": 1})
+        assert len(pd.read_csv(tmp_path / "pairs.csv")) == number + 1
+        assert json.loads((tmp_path / "agreement.json").read_text())["pairs"] == number + 1
+
+
+# ---- votes in the table ----
+
+def test_votes_stand_beside_the_scores(tmp_path, capsys):
+    """Anna likes Iter3 on 7 of 8 prompts; Ben has compared two models, and is of two minds."""
+    run = tmp_path / "run"
+    for k in (0, 3):
+        shutil.copytree(ROOT / "lib/world/base/unet", run / f"iter{k}/unet")
+    (run / "eval").mkdir()
+    rows = []
+    for number in range(8):
+        prompt = f"prompt {number}"
+        rows.append(vote(prompt, "base", "Iter3", "base" if number == 0 else "Iter3",
+                         labeller="anna"))
+        rows.append(vote(prompt, "Iter3", "Iter0", "Iter3", labeller="anna"))
+        rows.append(vote(prompt, "Iter0", "base", "", labeller="anna"))
+        rows.append(vote(prompt, "base", "Iter3", "base" if number % 2 else "Iter3",
+                         labeller="ben"))
+    cast = pd.DataFrame(rows).assign(seconds=1., time="", sitting=1)
+    cast.to_parquet(run / "eval/votes.parquet")
+    small = ["--preset", "tiny", "--eval-count", "4", "--eval-seeds", "1", "--sample-steps", "2"]
+    assert call("05", run, *small) is None
+    out = capsys.readouterr().out
+    assert re.search(r"Iter3 was preferred to base on 69% \[\d\d%, \d\d%\] of 8 prompts, judged "
+                     r"blind by all", out)
+
+    text = (run / "eval/table.md").read_text()
+    assert re.search(r"\| Iter3 \| base \| anna \| 87.5% \[.*%\] \| 0% \| 8 \| 8 \|", text)
+    assert re.search(r"\| Iter3 \| base \| ben \| 50.0% \[.*%\] \| 0% \| 8 \| 8 \|", text)
+    assert re.search(r"\| Iter0 \| base \| anna \| 50.0% \[.*%\] \| 100% \| 8 \| 8 \|", text)
+    assert "| base | anna | +0.00 [+0.00, +0.00] |" in text and "| Iter3 | ben |" not in text
+    page = (run / "eval/index.html").read_text()
+    assert "Judged blind" in page and re.search(r'class="number up"[^>]*>87.5%', page)
+
+    csv = pd.read_csv(run / "eval/table.csv")
+    votes_in_csv = csv[csv.benchmark == "votes"].set_index(["model", "score"])
+    assert votes_in_csv["mean"]["Iter3", "preferred to base by anna"] == .875
+    assert votes_in_csv["mean"]["Iter3", "preferred to Iter0 by all"] == 1
+    assert votes_in_csv["mean"]["Iter3", "strength by anna"] > 1
+    assert "utility" in set(csv.score)
+
+    # Damaged votes cost only themselves.
+    (run / "eval/votes.parquet").write_bytes(b"garbage")
+    assert call("05", run) is None
+    out = capsys.readouterr().out
+    assert "the votes are left out: " in out and "was preferred to" not in out
+    assert "Judged blind" not in (run / "eval/table.md").read_text()
+
+
+# ---- the experiment ----
+
+def in_this_process(monkeypatch) -> None:
+    """Commands with a page run here, and draw without a process of their own."""
+    class Drawing:
+        def __init__(self, run):
+            draw.main(["--run", str(run)])
+
+        def state(self):
+            return ""
+
+        def end(self):
+            pass
+
+    def draw_rows(run, rows, before):
+        assert call("05", run, "--scores-only", "--only", ",".join(rows)) is None
+
+    def at_page(job, log, module, *arguments):
+        def visit(desk, host, port, token, browser):
+            address = f"http://127.0.0.1:{port}/?token={token}"
+            threading.Thread(target=person.answer_all, daemon=True, args=(
+                address, job.taste, experiment.NOISE, job.seed)).start()
+
+        monkeypatch.setattr(server, "tell_address", visit)
+        command = {"lib.taste.label": label, "lib.taste.duel": duel}[module]
+        command.main([*arguments, "--labeller", job.taste])
+
+    monkeypatch.setattr(label, "Drawing", Drawing)
+    monkeypatch.setattr(duel, "draw", draw_rows)
+    monkeypatch.setattr(experiment, "at_page", at_page)
+
+
+def test_the_experiment_at_mini_size(tmp_path, monkeypatch, capsys):
+    in_this_process(monkeypatch)
+    monkeypatch.setattr(experiment, "run_all", lambda jobs, workers: [
+        job for job in jobs if experiment.work(job)])
+    small = ("--sample-steps 2 --candidates 2 --draws 2 --iters 1 --iter-prompts 2 "
+             "--iter0-steps 1 --iter-steps 1 --batch 4")
+    arguments = ["--out", str(tmp_path), "--tastes", "small-dark", "--seeds", "1", "--labels", "6",
+                 "--prompts", "4", *small.split()]
+    experiment.main(arguments)
+
+    # Six labels, each by the person's taste; four prompts for each two models.
+    run = tmp_path / "small-dark-0-6"
+    assert settings_of(run).seed_pairs + settings_of(run).holdout_pairs in (5, 6)
+    cast = pd.read_parquet(run / "eval/votes.parquet")
+    assert set(cast.labeller) == {"small-dark"} and (cast.turn == 1).sum() == 12
+    assert set(cast.left) | set(cast.right) == {"base", "Iter0", "Iter1"}
+    table = pd.read_csv(tmp_path / "experiment.csv")
+    assert (tmp_path / "experiment.png").stat().st_size > 5000
+    one = table.set_index(["model", "over"]).loc["Iter1", "base"]
+    first = votes.win_rate(cast, "Iter1", "base")
+    assert one.rate == pytest.approx(first.value) and one.seeds == 1
+
+    # What is there is not made again.
+    before = (run / "iter1/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    experiment.main(arguments)
+    assert (run / "iter1/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
+    assert "Iter1 over base" in capsys.readouterr().out
+
+
+def test_a_folder_of_labels_has_the_pictures_of_others_with_its_run_seed(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(experiment, "at_page", lambda job, log, *command: asked.append(command))
+    for name in ("labels-pale-aside-0-8", "labels-pale-aside-1-8"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "images" / f"{name[-3]}.png").write_bytes(b"x")
+        (tmp_path / name / "images" / f".{name[-3]}.png.1.sail.tmp").write_bytes(b"x")
+        (tmp_path / name / "answers.jsonl").touch()
+    job = experiment.Job(tmp_path, "small-dark", 0, 4, 10)
+    experiment.label(job, None)
+    there = [path.name for path in job.folder_of_labels.rglob("*") if path.is_file()]
+    assert there == ["0.png"] and asked[0][-2:] == ("--count", "4")
+
+
+@pytest.mark.parametrize("given, words", [
+    ("--seeds 0", ["--seeds 0", "at least 1"]),
+    ("--labels 0 16", ["--labels 0", "at least 1"]),
+    ("--pairs mine", ["--pairs is not for the experiment"]),
+    ("--alhpa 1", ["did you mean --alpha"]),
+])
+def test_the_experiments_arguments_are_checked(given, words):
+    refused(fails_with(".", experiment.main, given.split()), *words)

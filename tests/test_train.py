@@ -87,6 +87,15 @@ def train_round(s: Settings, k: int = 0) -> tuple[dict, pd.DataFrame]:
     return weights_of(Path(s.run), k), log_of(s, k)
 
 
+@pytest.fixture(scope="module")
+def iter0(seeded, tmp_path_factory) -> Settings:
+    """A run after Iter0, to be read only."""
+    run = shutil.copytree(seeded[1], tmp_path_factory.mktemp("iter0") / "run")
+    s = settings_of(run)
+    train_round(s)
+    return s
+
+
 def base_unet(s: Settings) -> UNet2DConditionModel:
     """The base by plain diffusers."""
     return UNet2DConditionModel.from_pretrained(s.model, subfolder="unet")
@@ -681,13 +690,12 @@ def interrupt_at(monkeypatch, module, step: int) -> None:
     monkeypatch.setattr(module, "watch", interrupt)
 
 
-@pytest.mark.parametrize("rank, k, stop", [(0, 0, 2), (2, 1, 1)])
-def test_resumed_training_equals_the_uninterrupted_one(new_run, monkeypatch, rank, k, stop):
-    whole = new_run(lora_rank=rank, checkpoint_every=1)
-    for earlier in range(k):
-        train_round(whole, earlier)
-    cut = settings_of(shutil.copytree(whole.run, f"{whole.run}-cut"))
-    weights, log = train_round(whole, k)
+@pytest.mark.parametrize("trained, k, stop", [("iter0", 0, 2), ("two_rounds", 1, 1)])
+def test_resumed_training_equals_the_uninterrupted_one(request, tmp_path, monkeypatch, trained, k,
+                                                       stop):
+    whole = request.getfixturevalue(trained)
+    cut = configure(shutil.copytree(whole.run, tmp_path / "cut"), checkpoint_every=1)
+    shutil.rmtree(Path(cut.run) / f"iter{k}")
 
     module, folder = stage("04"), Path(cut.run) / f"iter{k}"
     interrupt_at(monkeypatch, module, stop)
@@ -697,9 +705,9 @@ def test_resumed_training_equals_the_uninterrupted_one(new_run, monkeypatch, ran
     assert not (folder / "unet").exists()
 
     resumed, resumed_log = train_round(cut, k)
-    assert same_tensors(weights, resumed)
-    pd.testing.assert_frame_equal(log, resumed_log, check_exact=True)
-    if rank:
+    assert same_tensors(weights_of(Path(whole.run), k), resumed)
+    pd.testing.assert_frame_equal(log_of(whole, k), resumed_log, check_exact=True)
+    if whole.lora_rank:
         assert same_tensors(adapter_of(whole, k), adapter_of(cut, k))
     assert not (folder / "checkpoint.pt").exists()
     steps = pd.read_parquet(Path(cut.run) / "ledger.parquet").optimizer_steps
@@ -748,13 +756,11 @@ def test_a_checkpoint_that_is_none_is_left_aside(seeded, train, tmp_path, capsys
     assert distance(policy, base_unet(s)) == 0
 
 
-def test_a_round_with_a_damaged_checkpoint_begins_anew(new_run, capsys):
-    s = new_run()
-    weights, _ = train_round(s)
+def test_a_round_with_a_damaged_checkpoint_begins_anew(iter0, new_run, capsys):
     again = new_run()
     (Path(again.run) / "iter0").mkdir()
     (Path(again.run) / "iter0/checkpoint.pt").write_bytes(b"garbage")
-    assert same_tensors(weights, train_round(again)[0])
+    assert same_tensors(weights_of(Path(iter0.run), 0), train_round(again)[0])
     assert "checkpoint.pt: not usable" in capsys.readouterr().out
     assert not (Path(again.run) / "iter0/checkpoint.pt").exists()
 
@@ -772,20 +778,19 @@ def test_what_a_kill_left_of_a_finished_round_is_removed(two_rounds, tmp_path):
     assert going_on.exists()
 
 
-def test_an_adapter_is_saved_before_the_model_that_may_not_fit(new_run, monkeypatch):
+def test_an_adapter_is_saved_before_the_model_that_may_not_fit(two_rounds, new_run, monkeypatch):
     """And the training of the round is not lost."""
     def fail(*_):
         raise MemoryError
 
-    whole, s = new_run(lora_rank=2), new_run(lora_rank=2)
-    weights, _ = train_round(whole)
+    s = new_run(lora_rank=2)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(lora, "fuse", fail)
         stage("04").main(["--run", s.run, "--iter", "0"])
-    assert same_tensors(adapter_of(s, 0), adapter_of(whole, 0))
+    assert same_tensors(adapter_of(s, 0), adapter_of(two_rounds, 0))
     assert not (Path(s.run) / "iter0/unet").exists()
 
-    assert same_tensors(train_round(s)[0], weights)
+    assert same_tensors(train_round(s)[0], weights_of(Path(two_rounds.run), 0))
     ledger = pd.read_parquet(Path(s.run) / "ledger.parquet")
     assert ledger.optimizer_steps.iloc[-1] == 0
     assert not (Path(s.run) / "iter0/checkpoint.pt").exists()

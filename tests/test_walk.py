@@ -96,7 +96,8 @@ def make_round(run: Path, k: int, prompt: str) -> None:
     write_table(draws, run / f"iter{k}/draws.parquet")
     write_table(rewards, run / f"iter{k}/rewards.parquet")
     write_table(pairs, run / f"iter{k}/pairs.parquet")
-    judge = {"accuracy": .59, "low": .52, "high": .66, "pairs": 4, "anchor": "base"}
+    judge = {"accuracy": .59, "low": .52, "high": .66, "pairs": 4, "anchor": "base",
+             "diversity": .4, "margin": 1.}
     write_json(judge, run / f"iter{k}/judge.json")
 
 
@@ -301,7 +302,7 @@ def test_the_judges_agreement_stands_beside_peoples(s):
 
 
 def test_a_judge_that_may_be_a_coin_is_called_so(s):
-    judge = {"accuracy": .52, "low": .45, "high": .6, "pairs": 9}
+    judge = {"accuracy": .52, "low": .45, "high": .6, "pairs": 9, "diversity": .4, "margin": 1.}
     write_json(judge, Path(s.run) / "iter1/judge.json")
     assert "cannot tell it from a coin" in words(part(tell(s), "Round 1: Iter0 paints"))
 

@@ -76,7 +76,7 @@ def two_folder_rows(folder: Path) -> list[tuple[str, dict]]:
     rows = []
     for name, winner in sorted(winners.items()):
         record = {
-            "prompt": caption_of(winner, losers[name]),
+            "prompt": caption_of(folder, winner, losers[name]),
             "win": str(winner.relative_to(folder)),
             "lose": str(losers[name].relative_to(folder)),
         }
@@ -102,12 +102,18 @@ def pictures_in(folder: Path) -> dict[str, Path]:
     return pictures
 
 
-def caption_of(*pictures: Path) -> str:
+def caption_of(folder: Path, *pictures: Path) -> str:
     """The text beside one of these pictures; the first that has one tells it."""
     for picture in pictures:
         for ending in CAPTIONS:
-            if picture.with_suffix(ending).is_file():
-                return read_text(picture.with_suffix(ending)).strip()
+            caption = picture.with_suffix(ending)
+            if not caption.is_file():
+                continue
+
+            # As for a picture, a link in the folder does not lead out of it.
+            if not caption.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{caption}: leaves {folder} through a link; copy the text there")
+            return read_text(caption).strip()
     first = pictures[0]
     raise UserError(f"{first}: no caption {first.stem}.txt beside it; write one")
 

@@ -48,6 +48,10 @@ def read_picture(encoded: Encoded, draft: bool = False) -> Image.Image:
 
 def as_rgb(picture: Image.Image) -> Image.Image:
     """A picture of any mode in RGB."""
+    # Nobody says what white is in these, and Pillow would clip them.
+    if picture.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel; save it with 8")
+
     # Pillow would clip 16-bit grey instead of scaling it.
     if picture.mode.startswith("I;16"):
         picture = picture.point(lambda value: value * (1 / 256)).convert("L")

@@ -17,11 +17,11 @@ from typing import BinaryIO
 
 from lib.data.tables import (brief, is_hidden, open_parquet, prompt_rows, shuffled,
                              suffix_of)
+from lib.hub import HUB_ID
 from lib.run import UserError
 
 ROWS_HELD = 64                              # rows in memory at once: some 20 MB of Pick-a-Pic
 BLOCK = 1 << 18                             # bytes that one request to the hub fetches of a column
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # A path, then, and not a hub id.
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")

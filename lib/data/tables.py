@@ -5,6 +5,7 @@ Rows count from 1; a header and blank lines are not counted. What the cells mean
 here, but for the two columns of prompts, which go by several names.
 """
 
+import codecs
 import contextlib
 import csv
 import hashlib
@@ -70,7 +71,7 @@ def text_rows(path: Path) -> list[tuple[str, dict]]:
     text = read_text(path)
     try:
         records = text_records(path, text)
-    except (csv.Error, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         kind = suffix_of(path)[1:] or "text"
         raise UserError(f"{path}: not readable as {kind} ({error}); correct it") from None
 
@@ -80,8 +81,12 @@ def text_rows(path: Path) -> list[tuple[str, dict]]:
         if isinstance(record, str):
             record = {"prompt": record}
 
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: is {shown(record)}, neither a prompt nor an object with "
+                            f"columns; correct it or drop the row")
+
         # The csv module keeps the cells that have no column under None.
-        if not isinstance(record, dict) or None in record:
+        if None in record:
             raise UserError(
                 f"{where}: does not fit the columns; "
                 f"put double quotes round a CSV's prompt with commas"
@@ -97,9 +102,12 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[:error.start].count(b"\n") + 1
+        kind, files = "WINDOWS-1252", "older Western files"
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            kind, files = "UTF-16", "this one"
         raise UserError(
             f"{path}, line {line}: not readable as UTF-8; save it in that encoding "
-            f"(iconv -f WINDOWS-1252 -t UTF-8 converts older Western files)"
+            f"(iconv -f {kind} -t UTF-8 converts {files})"
         ) from None
 
 
@@ -118,9 +126,9 @@ def text_records(path: Path, text: str) -> list:
     """What the rows of a text file hold, unchecked: dicts or texts."""
     kind = suffix_of(path)
     if kind == ".csv":
-        return list(csv.DictReader(io.StringIO(text, newline="")))
+        return csv_records(text, ",")
     if kind == ".tsv":
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
+        return csv_records(text, "\t")
     if kind == ".json":
         return json_records(json.loads(text))
 
@@ -134,6 +142,21 @@ def text_records(path: Path, text: str) -> list:
             records.append(json.loads(line))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"row {number}: {error}") from None
+    return records
+
+
+def csv_records(text: str, delimiter: str) -> list[dict]:
+    """The rows of a table with a header; ValueError, which names the row, if one is none."""
+    # A quote that is not closed would swallow the rows after it: strict refuses it. Lists with
+    # tabs, as PartiPrompts', have quotes at will.
+    strict = delimiter == ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
+    records = []
+    try:
+        for record in reader:
+            records.append(record)
+    except csv.Error as error:
+        raise ValueError(f"row {len(records) + 1}: {error}") from None
     return records
 
 

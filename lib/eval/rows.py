@@ -275,11 +275,16 @@ def load_with_adapter(s: Settings, where: str, file: str) -> UNet2DConditionMode
     # diffusers leaves out what has no place, and only warns.
     placed = [name for name, _ in unet.named_parameters() if "lora_" in name]
     if len(placed) != len(state):
-        raise UserError(f"{where}: {len(state) - len(placed)} of {len(state)} weights of {file} "
-                        f"have no place in the UNet of {s.model}; {remedy}")
+        raise UserError(f"{where}: {file} has {len(state)} weights, and in the UNet of {s.model} "
+                        f"they find {len(placed)} places; {remedy}, and a whole one")
 
     # The adapter goes into the weights; its own layers are then in the way.
-    unet.fuse_lora()
+    try:
+        unet.fuse_lora()
+    # A bias has no place in a layer without one.
+    except Exception as error:
+        raise UserError(f"{where}: {file} cannot be merged into the UNet of {s.model} "
+                        f"({hub.first_line(error)}); give one that can") from None
     unet.unload_lora()
     models.refuse_unsound(unet, [], where, "give another adapter")
     return unet.to(models.dtype_of(s))

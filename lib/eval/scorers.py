@@ -38,6 +38,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, Normalize
 from torchvision.transforms import functional as TF
 
+from lib.hub import HUB_ID
 from lib.run import UserError
 
 BATCH = 32                                   # images, or prompts, per forward
@@ -500,7 +501,7 @@ def locate_weights(file: str, published: str, weights: str, get: Callable) -> tu
     """Find the weights file -> (where it comes from, its path); "local" is what was given so."""
     given = Path(weights).expanduser()
     is_file_name = given.suffix in (".pt", ".pth", ".safetensors")
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", weights) and not is_file_name
+    is_hub_id = HUB_ID.fullmatch(weights) and not is_file_name
 
     if not weights:
         return published, get(published, file)

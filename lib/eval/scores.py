@@ -26,7 +26,7 @@ from lib.models import BASE
 from lib.run import (Ledger, UserError, bar, is_main, is_whole, my_share, open_made, wait,
                      write_table)
 from lib.sampler import paint
-from lib.settings import ROOT, Settings
+from lib.settings import ROOT, Settings, labelled_elsewhere
 
 # Pictures between two files.
 CHUNK = 128
@@ -52,7 +52,7 @@ def names_of(s: Settings) -> list[str]:
     """
     if s.scores == "none":
         return []
-    if s.scores == "world" and s.pairs != "world":
+    if s.scores == "world" and labelled_elsewhere(s):
         return WORLD[1:]
     names = WORLD if s.scores == "world" else s.scores.split(",")
 
@@ -201,7 +201,8 @@ def score_rows(s: Settings,
         versions.append(version)
         for name, table in score_by(s, scorer, version, rows).items():
             for column in table.columns.drop("image"):
-                results[name][column] = table[column].to_numpy()
+                if column in names_of(s) or column not in WORLD:
+                    results[name][column] = table[column].to_numpy()
     return results, versions
 
 

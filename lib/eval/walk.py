@@ -20,13 +20,14 @@ import pandas as pd
 from lib.eval.scores import names_of
 from lib.eval.table import KEYS, Cell, markdown, plain, summarise
 from lib.eval.words import lost
-from lib.run import PAIR_COLUMNS, TRAIN_LOG_COLUMNS, atomic, is_whole, read_table
-from lib.settings import Settings, has_reference
+from lib.judge import read_judge
+from lib.run import (PAIR_COLUMNS, TRAIN_LOG_COLUMNS, atomic, is_whole, read_parquet,
+                     read_table)
+from lib.settings import Settings, has_reference, labelled_elsewhere
 
-# What the story relies on in the JSON files of other stages; all of it is numbers.
+# What the story relies on in people.json; all of it is numbers.
 PEOPLE = ("labels_against_their_own_utility", "agree_with_themselves",
           "agree_with_a_perfect_judge")
-JUDGE = ("pairs", "accuracy", "low", "high")
 
 # How stage 04's Diffusion-DPO ends, by which a run that keeps its code is known not to have edited
 # it; and how far from log 2 the first step's loss may be, in half precision.
@@ -470,7 +471,8 @@ def _draws_of_pair(s: Settings, k: int, winner: pd.Series, loser: pd.Series) -> 
         return pd.DataFrame()
 
     # The table of a large run has a million rows; only those of this prompt are read.
-    draws = pd.read_parquet(path, filters=[("prompt_id", "==", int(winner.prompt_id))])
+    of_prompt = [("prompt_id", "==", int(winner.prompt_id))]
+    draws = read_parquet(path, f"03_rank.py --iter {k}", filters=of_prompt)
     of_winner = draws[draws.candidate == winner.candidate].set_index("draw")
     of_loser = draws[draws.candidate == loser.candidate].set_index("draw")
     pair = pd.DataFrame({
@@ -490,7 +492,7 @@ def tell_agreement(s: Settings, k: int, judge: dict, people: dict) -> Story:
     name = "the self-judge" if s.reward == "implicit" else s.reward
     low, high = judge["low"], judge["high"]
     sentences = [
-        f"Does {name} agree with people? Of the {judge['pairs']} held-out pairs it gives the",
+        f"Does {name} agree with people? Of {_judged(judge)} it gives the",
         f"winner the higher reward in {judge['accuracy']:.0%} [{low:.0%}, {high:.0%}]."]
     if k == 1:
         sentences.append("The brackets are a 95% interval, what so few pairs leave open; a coin "
@@ -506,6 +508,13 @@ def tell_agreement(s: Settings, k: int, judge: dict, people: dict) -> Story:
                          "and a perfect judge with them in "
                          f"{people['agree_with_a_perfect_judge']:.0%}.")
     return [_text(*sentences)]
+
+
+def _judged(judge: dict) -> str:
+    """The pairs that the judge was asked about."""
+    if judge.get("crossfit"):
+        return f"all {judge['pairs']} human pairs, each asked of a model that has not seen it,"
+    return f"the {judge['pairs']} held-out pairs"
 
 
 # ---- a round: the mix of pairs, and the next model ----
@@ -589,7 +598,10 @@ def tell_evaluation(s: Settings, pictures: pd.DataFrame, results: pd.DataFrame) 
     explained = f"Higher is better in each score: {', '.join(names)}."
     if not names:
         explained = "No score was computed; the pictures are there to be looked at."
-    if "utility" in names:
+    if labelled_elsewhere(s):
+        explained = ("Alignment and aesthetics are measured by a program that knows nothing of the "
+                     "taste of whoever labelled: a duel tells whether they like the result.")
+    elif "utility" in names:
         explained = ("The scores are alignment, aesthetics and utility, the people's hidden taste "
                      "itself, which is looked up here.")
     each = "one picture" if s.eval_seeds == 1 else f"{s.eval_seeds} pictures"
@@ -606,7 +618,7 @@ def tell_evaluation(s: Settings, pictures: pd.DataFrame, results: pd.DataFrame) 
     ]
     if names:
         story += tell_gains(results[results["model"] == last], last, names[0])
-        story += tell_losses(pictures, last)
+        story += tell_losses(s, pictures, last)
 
     # What the numbers do not say.
     if s.iters > 0 and 0 < s.alpha < 1:
@@ -641,9 +653,13 @@ def tell_gains(results: pd.DataFrame, model: str, score: str) -> Story:
     return story
 
 
-def tell_losses(pictures: pd.DataFrame, model: str) -> Story:
+def tell_losses(s: Settings, pictures: pd.DataFrame, model: str) -> Story:
     """Where the model has fallen behind the base: in scores, and in the skills that they tell."""
     columns = pictures.columns.drop(KEYS)
+
+    # Whether large, light or rich colours are good, whoever labelled decides.
+    if labelled_elsewhere(s):
+        columns = columns.intersection(["alignment"])
     losses = lost(summarise(pictures, list(columns), "base", "Iter0"), model)
     return [_text(f"{losses}.")] if losses else []
 
@@ -659,17 +675,6 @@ def _verdict(gain: Cell) -> str:
 
 # ---- what the run has ----
 
-def read_judge(path: Path) -> dict:
-    """A round's judge.json; nothing if there is none, or none that can be read.
-
-    Without held-out pairs it has `pairs` 0 and no accuracy.
-    """
-    without_pairs = _read_numbers(path, ("pairs",))
-    if without_pairs and not without_pairs["pairs"]:
-        return without_pairs
-    return _read_numbers(path, JUDGE)
-
-
 def _read_numbers(path: Path, names: tuple[str, ...]) -> dict:
     """A JSON file's content; nothing if there is none in which these names are numbers."""
     try:
@@ -684,7 +689,7 @@ def _rows_of(path: Path) -> int:
     """How many rows a table has; 0 if there is none that is whole."""
     if not is_whole(path):
         return 0
-    return len(pd.read_parquet(path))
+    return len(read_parquet(path, "01_seed.py"))
 
 
 def _read_log(run: Path, k: int) -> pd.DataFrame | None:

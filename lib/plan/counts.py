@@ -7,6 +7,7 @@ ledger does not do. How long all this takes is lib/plan/probe.py's question.
 
 import pandas as pd
 
+from lib import crossfit
 from lib.data import prompts
 from lib.plan.stages import load_stage
 from lib.settings import Settings, round_prompts
@@ -30,6 +31,8 @@ def counts(s: Settings) -> pd.DataFrame:
         if s.alpha > 0:
             self_pairs = round_prompts(s, k)
             rows.append(count_candidates(s, k))
+            if k == 1 and crossfit.is_needed(s):
+                rows.append(count_crossfit(s))
             rows.append(count_ranking(s, k))
         rows.append(count_training(s, k, self_pairs, new_human))
         new_human = 0
@@ -84,9 +87,36 @@ def count_training(s: Settings, k: int, self_pairs: int, new_human: int) -> dict
     training = load_stage("04")
     steps = training.steps_of(s, k, s.seed_pairs, self_pairs)
     row = {"stage": "04_train_dpo", "iter": k, "optimizer_steps": steps}
-    row["unet_forwards"] = steps * s.batch * training.forwards_per_pair(s)
+    row["unet_forwards"] = forwards_of_training(s, steps)
     if s.flip:
         row["encodes"] = 2 * (self_pairs + new_human)
+    return row
+
+
+def forwards_of_training(s: Settings, steps: int) -> int:
+    """UNet forwards of so many optimizer steps."""
+    return steps * s.batch * load_stage("04").forwards_per_pair(s)
+
+
+def count_crossfit(s: Settings) -> dict:
+    """Few held-out pairs, before stage 03 of round 1: each fold of the human pairs is judged by an
+    Iter0 that is trained on the others.
+
+    So counted where no two pairs have the same prompt. Those that have are in one fold, which may
+    move a training by a few steps.
+    """
+    pairs = s.seed_pairs + s.holdout_pairs
+    steps = 0
+    for fold in range(min(crossfit.FOLDS, pairs)):
+        others = pairs - len(range(fold, pairs, crossfit.FOLDS))
+        as_iter0 = crossfit.as_long_as_iter0(s, others)
+        steps += load_stage("04").steps_of(as_iter0, 0, others, 0)
+
+    # Model and base see every draw of both pictures of a pair.
+    row = {"stage": "crossfit", "iter": 0, "optimizer_steps": steps}
+    row["unet_forwards"] = forwards_of_training(s, steps) + 2 * 2 * pairs * s.draws
+    if s.flip:
+        row["encodes"] = 2 * s.holdout_pairs
     return row
 
 

@@ -23,11 +23,12 @@ HEADER = 150
 # Pick-a-Pic's training shards: 330 GB for 0.8 million pairs without ties (lib/data/README.md).
 BYTES_OF_PAIR = 330e9 / 0.8e6
 
-# The published weights of the scores, as their hubs list them, in bytes, and a file of each.
+# The published weights of the scores, as their hubs list them, in bytes, and a file of each. Those
+# of HPSv2 are in 16 bits; LAION's aesthetics are CLIP's, beside 4 MB of its own.
 SCORE_WEIGHTS = {
     "pickscore": (3.94e9, "yuvalkirstain/PickScore_v1", "model.safetensors"),
-    "hpsv2": (3.94e9, "xswu/HPSv2", "HPS_v2_compressed.pt"),
-    "hpsv2.1": (3.94e9, "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    "hpsv2": (1.97e9, "xswu/HPSv2", "HPS_v2_compressed.pt"),
+    "hpsv2.1": (1.97e9, "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
     "imagereward": (1.79e9, "THUDM/ImageReward", "ImageReward.pt"),
     "aesthetics": (1.71e9, "openai/clip-vit-large-patch14", "model.safetensors"),
 }
@@ -121,6 +122,7 @@ def share_done(s: Settings, row: dict) -> float:
     last, pictures = {
         "01_seed": ("prompts.parquet", "seed/images"),
         "02_generate": (f"iter{k}/candidates.parquet", f"iter{k}/images"),
+        "crossfit": ("iter1/pairs.parquet", ""),
         "03_rank": (f"iter{k}/pairs.parquet", ""),
         "04_train_dpo": (f"iter{k}/unet", ""),
         "05_eval": ("", "eval/images"),

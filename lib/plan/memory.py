@@ -2,12 +2,14 @@
 
 Weights, gradients and the optimizer's states are arithmetic. Activations are counted by running a
 stage's largest call on the meta device, where tensors have sizes and no numbers, and watching what
-lives at once (`LiveBytes`). tests/test_plan.py holds this against the measured peak of a process.
+lives at once (`LiveBytes`): on one picture, since all tensors of a call grow with its batch.
+tests/test_plan.py holds this against the measured peak of a process.
 """
 
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from unittest import mock
 
@@ -51,7 +53,7 @@ class Memory:
         self.vae = without_weights(AutoencoderKL, architecture.vae)
         self.unet_weights = count_weights(self.unet)
         self.vae_weights = count_weights(self.vae)
-        self.traced: dict[tuple[bool, str], tuple[int, int]] = {}
+        self.traced: dict[tuple[bool, str], int] = {}
 
         self.device, self.host = {}, {}
         reading = self.reading()
@@ -74,6 +76,7 @@ class Memory:
         return {
             "01_seed": beginning,
             "02_generate": painting,
+            "crossfit": self.training(self.s),
             "03_rank": self.ranking(self.s),
             "04_train_dpo": self.training(self.s),
             "05_eval": painting,
@@ -89,6 +92,7 @@ class Memory:
         return {
             "01_seed": size * max(self.vae_weights, self.architecture.text_weights),
             "02_generate": unet,
+            "crossfit": unet,
             "03_rank": unet,
             "04_train_dpo": FULL * self.unet_weights,
             "05_eval": unet,
@@ -103,42 +107,48 @@ class Memory:
         vae = self.vae.to(self.dtype)
 
         def call():
-            vae.encode(meta(self.dtype, batch, 3, s.resolution, s.resolution))
+            vae.encode(meta(self.dtype, 1, 3, s.resolution, s.resolution))
 
-        return self.dtype.itemsize * self.vae_weights + forward_peak(call)
+        return self.dtype.itemsize * self.vae_weights + batch * forward_peak(call)
 
     def painting(self, s: Settings) -> int:
         """The UNet samples a batch, and the VAE decodes it."""
         batch = s.sample_batch
         if s.cfg_scale > 1:
             batch *= 2
-        sampling = self.forward(batch)
+        sampling = batch * self.of_forward
 
         # The VAE takes so many at once; the batch's pictures come together in float32.
-        side = s.resolution // self.architecture.factor
         at_once = min(s.sample_batch, max(1, models.VAE_PIXELS // s.resolution ** 2))
-        vae = self.vae.to(self.dtype)
-
-        def call():
-            vae.decode(meta(self.dtype, at_once, vae.config.latent_channels, side, side))
-
         pictures = s.sample_batch * 3 * s.resolution ** 2
-        decoding = forward_peak(call) + (self.dtype.itemsize + FULL) * pictures
+        decoding = at_once * self.of_decoding + (self.dtype.itemsize + FULL) * pictures
         weights = self.unet_weights + self.vae_weights
         return self.dtype.itemsize * weights + max(sampling, decoding)
 
     def ranking(self, s: Settings) -> int:
         """Model and anchor see a batch of noised latents, one after the other."""
         weights = 2 * self.dtype.itemsize * self.unet_weights
-        return weights + self.forward(ranked_at_once(s))
+        return weights + ranked_at_once(s) * self.of_forward
 
-    def forward(self, batch: int) -> int:
-        """A forward of the frozen UNet."""
+    @cached_property
+    def of_forward(self) -> int:
+        """A latent's forward by the frozen UNet."""
         unet = self.unet.to(self.dtype)
-        given = self.inputs(batch, self.dtype)
+        given = self.inputs(1, self.dtype)
 
         def call():
             diffusion.predict(unet, *given)
+
+        return forward_peak(call)
+
+    @cached_property
+    def of_decoding(self) -> int:
+        """A picture that the VAE decodes."""
+        vae = self.vae.to(self.dtype)
+        side = self.s.resolution // self.architecture.factor
+
+        def call():
+            vae.decode(meta(self.dtype, 1, vae.config.latent_channels, side, side))
 
         return forward_peak(call)
 
@@ -172,14 +182,11 @@ class Memory:
         """What forward and backward on a micro-batch of pairs hold beside the weights."""
         key = (s.lora_rank > 0, s.grad_checkpoint)
         if key not in self.traced:
-            self.traced[key] = (self.trace(s, 1), self.trace(s, 2))
+            self.traced[key] = self.trace(s)
+        return s.micro_batch * self.traced[key]
 
-        # Every further pair takes as much as the second.
-        one, two = self.traced[key]
-        return one + (s.micro_batch - 1) * (two - one)
-
-    def trace(self, s: Settings, pairs: int) -> int:
-        """The peak of a forward and backward on so many pairs, without numbers."""
+    def trace(self, s: Settings) -> int:
+        """The peak of a forward and backward on a pair, without numbers."""
         unet = without_weights(UNet2DConditionModel, self.architecture.unet).to(self.dtype)
         if s.lora_rank:
             unet.requires_grad_(False)
@@ -194,7 +201,7 @@ class Memory:
                 parameter.register_post_accumulate_grad_hook(drop_gradient)
 
         def call():
-            given = self.inputs(2 * pairs, torch.float32)
+            given = self.inputs(2, torch.float32)
             diffusion.predict(unet, *given).float().square().mean().backward()
 
         return peak_of(call)

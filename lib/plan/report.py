@@ -10,7 +10,7 @@ import pandas as pd
 
 from lib.plan.architecture import architecture_of, pair_arithmetic
 from lib.plan.cards import Card, Estimate
-from lib.plan.counts import counts
+from lib.plan.counts import counts, forwards_of_training
 from lib.plan.disk import bytes_needed, checkpoint_bytes, disk_of, downloads, free_disk
 from lib.plan.memory import FITS, Memory, smaller
 from lib.plan.pilot import WATCH, command_of, pilot_of, targets
@@ -48,27 +48,25 @@ def hours_of(s: Settings, seconds: dict[str, float], row: dict) -> float:
     """Hours of a stage on one device; `seconds` are those of Probe."""
     total = row["encodes"] * seconds["encode"] + row["decodes"] * seconds["decode"]
 
-    # Ranking's batches are not sampling's, and a step has its optimizer.
-    if row["stage"] == "04_train_dpo":
-        step = s.batch * seconds["pair"] + seconds["step"]
-        total += row["optimizer_steps"] * step
-    elif row["stage"] == "03_rank":
-        total += row["unet_forwards"] * seconds["rank"]
-    else:
-        total += row["unet_forwards"] * seconds["sample"]
+    # A step has its optimizer, and ranking's batches are not sampling's.
+    total += row["optimizer_steps"] * (s.batch * seconds["pair"] + seconds["step"])
+    call = "rank" if row["stage"] in ("03_rank", "crossfit") else "sample"
+    total += forwards_beside_training(s, row) * seconds[call]
     return total / 3600
 
 
 def arithmetic_of(s: Settings, flops: Callable[[str], float], row: dict) -> float:
     """FLOP of a stage; `flops` is that of Probe."""
     # In training the backwards count, which are no forwards of the ledger.
-    forwards = row["unet_forwards"]
-    if row["optimizer_steps"]:
-        pairs = row["optimizer_steps"] * s.batch
-        forwards = pairs * pair_arithmetic(s)
-
+    pairs = row["optimizer_steps"] * s.batch
+    forwards = pairs * pair_arithmetic(s) + forwards_beside_training(s, row)
     unet = forwards * flops("unet")
     return unet + row["encodes"] * flops("encode") + row["decodes"] * flops("decode")
+
+
+def forwards_beside_training(s: Settings, row: dict) -> int:
+    """UNet forwards of a stage that paint or rank."""
+    return row["unet_forwards"] - forwards_of_training(s, row["optimizer_steps"])
 
 
 def hours_of_run(s: Settings, seconds: dict[str, float], processes: int) -> float:

@@ -17,7 +17,7 @@ from lib.plan.architecture import architecture_of, count_flops
 from lib.plan.counts import COUNTS, count_evaluation, counts
 from lib.plan.probe import matmul_rate
 from lib.plan.report import arithmetic_of
-from lib.settings import Settings, round_prompts
+from lib.settings import Settings
 from lib.study.questions import ARMS
 from lib.study.runner import Job, is_done, models_of, planned_settings, same_arm, turn_of
 

@@ -19,6 +19,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -298,6 +299,9 @@ def main(argv: list[str]) -> None:
         serve(desk, given.host, given.port, not given.no_browser)
     finally:
         print(*desk.summary(), sep="\n")
+        if (run / "iter0").exists():
+            print(f"next: ./run_sail.sh --run {shlex.quote(str(run))} puts this into the table and "
+                  f"the page")
 
 
 if __name__ == "__main__":

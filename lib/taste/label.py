@@ -18,6 +18,7 @@ a larger --count adds pairs. The folder is runs/taste unless --run names another
 
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from lib.data.few import HELD_OUT
 from lib.data.prompts import pair_prompts, read_prompt_file
 from lib.run import (UserError, inside, is_whole, read_table, run_stage, write_json, write_table,
                      write_text)
-from lib.settings import ROOT, Settings, config_of, load, parse
+from lib.settings import PRESETS, ROOT, Settings, config_of, flag, load, parse
 from lib.taste import votes
 from lib.taste.answers import AnswerFile, labels, standing
 from lib.taste.answers import votes as votes_of
@@ -43,6 +44,9 @@ PAIRS = 60                          # enough to see one's own taste appear in th
 TABLE_COLUMNS = [*PAIR_COLUMNS, "source"]
 PATIENCE = 3                        # seconds that drawing may take to end what it is writing
 MADE_BY = "./run_sail.sh label"
+
+# Settings that a run on the labels is to have as their pictures had them.
+OF_THE_MODEL = ("model", "vae", "resolution", "sampler", "sample_steps", "cfg_scale")
 
 SERVER_ARGUMENTS = {
     "--labeller": {"default": "me", "help": "who answers: people are told apart by it"},
@@ -264,10 +268,29 @@ def write_results(s: Settings, file: AnswerFile, pairs: pd.DataFrame, labeller: 
             lines.append(f"{one} and {other} agree in {value} of {value.n} pairs")
 
     lines.append(f"{run}/pairs.csv has {len(chosen)} pairs")
-    if len(chosen):
-        lines.append(f"to align the model to them: ./run_sail.sh {s.preset} --run {run}-aligned "
-                     f"--pairs {run}/pairs.csv")
+    if len(chosen) >= HELD_OUT:
+        lines.append(f"to align the model to them: {command_to_align(s)}")
     return lines
+
+
+def command_to_align(s: Settings) -> str:
+    """The run that learns from the labels: with the model and prompts that they are of."""
+    command = ["./run_sail.sh", s.preset, "--run", f"{s.run}-aligned", "--pairs", s.run]
+    preset = PRESETS[s.preset]
+    for name in OF_THE_MODEL:
+        if getattr(s, name) != preset[name]:
+            command += [flag(name), str(getattr(s, name))]
+
+    # The labels have no validation split, and no prompts but their own.
+    benchmarks = [name for name in s.eval_prompts.split(",") if name != "pickapic"]
+    if benchmarks != preset["eval_prompts"].split(","):
+        command += ["--eval-prompts", ",".join(benchmarks) or "hpsv2"]
+    if s.prompts not in ("world", "pairs"):
+        command += ["--prompts", s.prompts]
+    words = shlex.join(command)
+    if s.prompts == "pairs":
+        words += " --prompts FILE   (FILE: new prompts, one a line)"
+    return words
 
 
 def worth(file: AnswerFile, pairs: pd.DataFrame) -> str:
@@ -315,6 +338,7 @@ def desk_of(s: Settings, pairs: pd.DataFrame, file: AnswerFile, labeller: str) -
         labeller=labeller,
         worth=lambda: worth(file, pairs),
         results=lambda: write_results(s, file, pairs, labeller),
+        after_answer=lambda: write_results(s, file, pairs, labeller),
     )
 
 

@@ -91,7 +91,6 @@ def answer_all(address: str, taste: str, noise: float, seed: int) -> int:
     A preference is a Bradley-Terry label, as those of the world's people.
     """
     visitor = Visitor(address)
-    rng = generator(seed, "person", taste)
     count = 0
     state = visitor.state()
     while not state["done"]:
@@ -103,6 +102,7 @@ def answer_all(address: str, taste: str, noise: float, seed: int) -> int:
 
         began = time.perf_counter()
         pictures = [visitor.picture(showing[side]) for side in ("left", "right")]
+        rng = generator(seed, "person", taste, showing["prompt"], showing["pair"], showing["turn"])
         left, right = utility([showing["prompt"]] * 2, as_tensor(pictures), taste).split(1)
         prefers_left = people.first_wins(left, right, noise, rng).item()
         word = "left" if prefers_left else "right"

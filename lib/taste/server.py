@@ -75,6 +75,7 @@ class Desk:
     labeller: str
     worth: Callable[[], str]                # what the answers are good for so far
     results: Callable[[], list[str]]        # writes the results; lines for people
+    after_answer: Callable[[], object] = nothing    # keeps what is made of them up to date
     drawing: Callable[[], str] = nothing    # "on" while pictures are drawn, or why it failed
     there: set[str] = field(default_factory=set)
 
@@ -173,6 +174,10 @@ class Desk:
         self.file.read()
         if not self.file.has(answer.id):
             self.file.append(answer)
+            try:
+                self.after_answer()
+            except OSError:
+                pass                        # the answer is kept, and the end makes it again
 
     def checked(self, message: dict) -> Answer:
         number, turn, seconds = message["pair"], message["turn"], message["seconds"]

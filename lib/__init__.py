@@ -1,0 +1,3 @@
+"""What the stages share. Whichever part is loaded first, signals are answered from then on."""
+
+import lib.program  # noqa: F401
