@@ -507,7 +507,7 @@ def test_ablations_run_to_the_end(tmp_path, settings):
     ("--alpha 1.5", ["--alpha 1.5", "0..1"]),
     ("--iter-prompts 5000", ["--iter-prompts 5000", "embedded world"]),
     ("--model runs/nowhere", ["runs/nowhere", "does not exist"]),
-    ("--pairs mine.csv", ["--pairs mine.csv", "all three"]),
+    ("--pairs mine.csv", ["mine.csv", "no such file", "--pairs"]),
 ])
 def test_a_bad_setting_is_refused_before_anything_is_spent(tmp_path, given, words):
     refused(call("01", tmp_path / "r", *given.split()), *words)
@@ -625,10 +625,12 @@ def test_a_picture_without_latent_that_is_not_there(without_a_latent):
     refused(call("04", run, "--iter", "0"), "pairs.parquet, row 4", "does not exist")
 
 
-def test_a_loss_that_is_not_finite_stops_training(mini_copy):
+def test_a_latent_that_is_not_finite_is_blamed_for_it(mini_copy):
     shutil.rmtree(mini_copy / "iter0/unet")
     for path in (mini_copy / "seed/latents").iterdir():
         latent = {name: values * float("nan") for name, values in load_file(path).items()}
         save_file(latent, path)
-    refused(call("04", mini_copy, "--iter", "0"), "iter0, step 0", "not finite", "--lr")
+    message = call("04", mini_copy, "--iter", "0")
+    refused(message, "seed/latents", "not finite", "delete it")
+    assert "--lr" not in message
     assert not (mini_copy / "iter0/unet").exists()
