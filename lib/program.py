@@ -118,8 +118,8 @@ def message_of(error: Exception) -> str | None:
         folder = run if run.is_dir() else Path()
         free = shutil.disk_usage(folder).free / 1e9
         return (f"{place}: there is no room to write it ({os.strerror(number)}; {free:.1f} GB are "
-                f"free in {folder}); make room, --plan says how much a run takes, then repeat the "
-                f"same command, which continues from here")
+                f"free in {folder}{still_needed(run)}); make room, --plan says what takes how much, "
+                f"then repeat the same command, which continues from here")
     if number in REMEDIES:
         return f"{place}: {os.strerror(number)}; {REMEDIES[number]}"
 
@@ -128,6 +128,17 @@ def message_of(error: Exception) -> str | None:
                 f"--sample-batch (pictures) or --rank-batch (rewards), which a run may change, or "
                 f"--grad-checkpoint on in another --run")
     return None
+
+
+def still_needed(run: Path) -> str:
+    """How much room the rest of a run takes, in words; "" where that cannot be told."""
+    try:
+        from lib.plan.disk import bytes_needed
+        from lib.settings import planned
+        return f", the run still needs {bytes_needed(planned([f'--run={run}'], '')) / 1e9:.1f} GB"
+    # A disk is full: whatever else goes wrong now is of less weight.
+    except Exception:
+        return ""
 
 
 def report(error: Exception) -> str:

@@ -352,6 +352,7 @@ class Ledger:
             "unet_forwards": self.unet_forwards,
             "optimizer_steps": self.optimizer_steps,
             "peak_memory_bytes": self.peak_memory(),
+            "peak_host_bytes": peak_host_memory(),
             "device": self.device,
             "code": fingerprint(f"{self.stage}.py"),
         }
@@ -407,11 +408,16 @@ class Ledger:
             import torch
             return torch.cuda.max_memory_allocated()
 
-        # macOS counts in bytes, Linux in KiB.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if sys.platform == "darwin":
-            return peak
-        return peak * 1024
+        return peak_host_memory()
+
+
+def peak_host_memory() -> int:
+    """Peak memory of this process in bytes, the device's apart."""
+    # macOS counts in bytes, Linux in KiB.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak
+    return peak * 1024
 
 
 # ---- tables that several stages read ----

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import resource
 import signal
 import socket
@@ -240,6 +241,19 @@ def test_a_disk_that_refuses_is_told_in_a_line(number, words):
     # Of a file that is renamed it is the name to be that counts.
     error = IsADirectoryError(errno.EISDIR, "Is a directory", ".a.1.sail.tmp", None, "a")
     refused(program.message_of(error), "a: Is a directory; move it away")
+
+
+def test_a_full_disk_tells_what_the_run_still_needs(tmp_path, monkeypatch):
+    from lib.settings import load
+    load(["--run", str(tmp_path / "run")], "", create=True)
+    monkeypatch.setattr("sys.argv", ["02_generate.py", f"--run={tmp_path / 'run'}"])
+    line = program.message_of(OSError(errno.ENOSPC, "", "a"))
+    needed = re.search(r"the run still needs ([\d.]+) GB", line)
+    assert 0 < float(needed[1]) < 1
+
+    # Where that cannot be told the line is there all the same.
+    (tmp_path / "run/config.json").write_text("{")
+    refused(program.message_of(OSError(errno.ENOSPC, "", "a")), "there is no room", "free in")
 
 
 def test_every_library_says_that_there_is_no_room(tmp_path):

@@ -46,7 +46,7 @@ TABLES = {
     "prompts.parquet": "prompt_id prompt split",
     "benchmarks.parquet": "benchmark style prompt_id",
     "ledger.parquet": "stage iter seconds images unet_forwards optimizer_steps peak_memory_bytes "
-                      "device code",
+                      "peak_host_bytes device code",
     "eval/scores.parquet": "model benchmark style prompt_id prompt seed image alignment aesthetics "
                            "utility",
     "iter0/train_log.parquet": LOG,
