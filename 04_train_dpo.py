@@ -31,7 +31,6 @@ import lib.program  # noqa: F401, I001  first: Ctrl-C is answered from here on
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,27 +214,6 @@ def reference_error(
     return denoising_error(ref, schedule, x_0, t, noise, condition)
 
 
-def micro_batches(
-    s: Settings,
-    policy,
-    ref,
-    schedule,
-    pairs: pd.DataFrame,
-    randoms: dict,
-    encoder: models.PromptEncoder,
-) -> Iterator[tuple]:
-    """A batch of pairs part by part, to bound the memory: (loss (b,), values (6, b)).
-
-    The values are the four errors, loss and margin of each pair, without gradient. Processes take
-    turns in the parts.
-    """
-    for rows in my_share(torch.arange(s.batch).split(s.micro_batch)):
-        part = {name: numbers[rows] for name, numbers in randoms.items()}
-        errors = pair_errors(s, policy, ref, schedule, pairs.iloc[rows.tolist()], part, encoder)
-        loss, margin = LOSSES[s.loss](*errors, s.beta)
-        yield loss, torch.stack([*errors, loss, margin]).detach()
-
-
 def backward(
     s: Settings,
     policy,
@@ -248,16 +226,21 @@ def backward(
 ) -> torch.Tensor:
     """Add the gradient of the mean loss over a batch of pairs to the policy's parameters.
 
-    Returns (6, B): the four errors, loss and margin of every pair.
+    Returns (6, B): the four errors, loss and margin of every pair; without gradients enabled that
+    is all. Micro-batches bound the memory, and processes take turns in them.
     """
     values = []
-    parts = micro_batches(s, policy, ref, schedule, pairs, randoms, encoder)
-    for loss, of_part in parts:
-        # The mean over the batch is taken here, after the log-sigmoid.
-        (loss.sum() / s.batch).backward()
+    for rows in my_share(torch.arange(s.batch).split(s.micro_batch)):
+        part = {name: numbers[rows] for name, numbers in randoms.items()}
+        errors = pair_errors(s, policy, ref, schedule, pairs.iloc[rows.tolist()], part, encoder)
+        loss, margin = LOSSES[s.loss](*errors, s.beta)
 
-        values.append(of_part)
-        ledger.unet_forwards += len(loss) * forwards_per_pair(s)
+        # The mean over the batch is taken here, after the log-sigmoid.
+        if torch.is_grad_enabled():
+            (loss.sum() / s.batch).backward()
+
+        values.append(torch.stack([*errors, loss, margin]).detach())
+        ledger.unet_forwards += len(rows) * forwards_per_pair(s)
     return torch.cat(values, 1)
 
 
@@ -418,8 +401,7 @@ def train(
     batch = pairs.iloc[order[-s.batch:].tolist()]
     randoms = step_randoms(s, k, steps - 1, shape)
     with torch.no_grad():
-        parts = micro_batches(s, policy, ref, schedule, batch, randoms, encoder)
-        values = torch.cat([values for _, values in parts], 1)
+        values = backward(s, policy, ref, schedule, batch, randoms, encoder, ledger)
     watch_result(gather_pairs(values), parameters, k, steps, s)
     return policy, pd.DataFrame(log)
 

@@ -106,7 +106,7 @@ def test_evaluation_of_the_papers_run(sd15):
 def test_a_run_without_self_made_pairs_and_reference():
     table = counts.counts(Settings(**PRESETS["sd15"] | {"alpha": 0., "loss": "mapo"}))
     assert set(table.stage) == {"01_seed", "04_train_dpo", "05_eval"}
-    assert table.unet_forwards[1] == 391 * 128 * 2
+    assert table.unet_forwards[1] == (391 + 1) * 128 * 2
 
 
 @pytest.mark.parametrize("preset, unet, what, tflop", [
@@ -152,10 +152,11 @@ def test_hours_are_those_of_the_probes_parts(tmp_path, short_probe):
     assert (table.hours > 0).all()
     assert set(seconds) == {"encode", "decode", "sample", "rank", "pair", "step"}
 
-    # A step has 2 pairs; the mirror images of 5 pairs are encoded first.
+    # A step has 2 pairs; the mirror images of 5 pairs are encoded first, and the last 2 pairs are
+    # looked at once more.
     training = table[table.stage == "04_train_dpo"].iloc[0]
     expected = training.optimizer_steps * (2 * seconds["pair"] + seconds["step"])
-    expected += 10 * seconds["encode"]
+    expected += 10 * seconds["encode"] + 2 * 4 * seconds["rank"]
     assert training.hours * 3600 == pytest.approx(expected)
 
 
@@ -221,8 +222,9 @@ def test_few_held_out_pairs_take_five_trainings_more():
     assert table.stage.tolist()[1:5] == ["04_train_dpo", "02_generate", "crossfit", "03_rank"]
 
     # 20 steps for 10 pairs are 18 for 9; then both pictures of a pair by two models at each draw.
+    # Each training looks at its last 4 pairs once more.
     row = table.to_dict("records")[3]
-    steps, ranked = 18 + 18 + 20 + 20 + 20, 12 * 2 * 2 * 10
+    steps, ranked = 18 + 18 + 20 + 20 + 20, 12 * 2 * 2 * 10 + 5 * 4 * 4
     found = [row[name] for name in ("optimizer_steps", "unet_forwards", "encodes")]
     assert found == [steps, steps * 4 * 4 + ranked, 4]
     seconds = {"encode": 0., "decode": 0., "sample": 0., "rank": 3., "pair": 5., "step": 7.}

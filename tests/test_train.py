@@ -402,6 +402,8 @@ def test_a_round_trains_on_its_mix(mini_copy, alpha, of_self):
 
     module.backward = note
     module.main(["--run", str(mini_copy), "--iter", "2"])
+    *batches, looked_at_again = batches
+    assert looked_at_again.equals(batches[-1])
     assert [(batch.source == "self").sum() for batch in batches] == [of_self] * 4
     pairs = pd.concat(batches)
     assert pairs.pair_id[pairs.source == "self"].str.startswith("self-2-").all()
@@ -432,7 +434,9 @@ def test_mapo_trains_without_a_reference(new_run, monkeypatch, rank):
     assert np.isfinite(log[["loss", "margin", "accuracy", "grad_norm"]]).all(axis=None)
     assert log.win_error_gain.isna().all()
     forwards = pd.read_parquet(Path(s.run) / "ledger.parquet").unet_forwards
-    assert forwards.iloc[-1] == 3 * 4 * 2                               # steps, pairs, pictures
+
+    # Three steps and a last look, of 4 pairs, of 2 pictures.
+    assert forwards.iloc[-1] == (3 + 1) * 4 * 2
 
 
 # ---- adapters ----

@@ -87,10 +87,14 @@ def count_training(s: Settings, k: int, self_pairs: int, new_human: int) -> dict
     training = load_stage("04")
     steps = training.steps_of(s, k, s.seed_pairs, self_pairs)
     row = {"stage": "04_train_dpo", "iter": k, "optimizer_steps": steps}
-    row["unet_forwards"] = forwards_of_training(s, steps)
+    row["unet_forwards"] = forwards_of_training(s, steps) + forwards_of_training(s, LAST_LOOK)
     if s.flip:
         row["encodes"] = 2 * (self_pairs + new_human)
     return row
+
+
+# After its last step a training looks at that step's batch once more, without a gradient.
+LAST_LOOK = 1
 
 
 def forwards_of_training(s: Settings, steps: int) -> int:
@@ -106,15 +110,17 @@ def count_crossfit(s: Settings) -> dict:
     move a training by a few steps.
     """
     pairs = s.seed_pairs + s.holdout_pairs
+    folds = min(crossfit.FOLDS, pairs)
     steps = 0
-    for fold in range(min(crossfit.FOLDS, pairs)):
+    for fold in range(folds):
         others = pairs - len(range(fold, pairs, crossfit.FOLDS))
         as_iter0 = crossfit.as_long_as_iter0(s, others)
         steps += load_stage("04").steps_of(as_iter0, 0, others, 0)
 
     # Model and base see every draw of both pictures of a pair.
     row = {"stage": "crossfit", "iter": 0, "optimizer_steps": steps}
-    row["unet_forwards"] = forwards_of_training(s, steps) + 2 * 2 * pairs * s.draws
+    trained = forwards_of_training(s, steps) + forwards_of_training(s, folds * LAST_LOOK)
+    row["unet_forwards"] = trained + 2 * 2 * pairs * s.draws
     if s.flip:
         row["encodes"] = 2 * s.holdout_pairs
     return row
