@@ -30,6 +30,7 @@ import lib.program  # noqa: F401, I001  first: Ctrl-C is answered from here on
 from collections import Counter, deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -45,7 +46,8 @@ from lib.run import (Ledger, UserError, bar, begin, generator, inside, is_main, 
                      open_image, read_parquet, run_stage, save_image, seed_of, shown, wait,
                      write_json, write_table)
 from lib.sampler import paint
-from lib.settings import Settings, amend, in_world, load, needs_prompts, round_prompts
+from lib.settings import (PRESETS, Settings, amend, in_world, load, needs_prompts, read_config,
+                          round_prompts)
 from lib.sheets import pair_sheet, read_pictures
 from lib.start import check_start
 from lib.world import captions, people
@@ -323,11 +325,15 @@ def write_lacking(s: Settings, tables: Iterable[pd.DataFrame], lacking: list[Pat
 
 def shrink_to_data(s: Settings, evaluation: pd.DataFrame) -> Settings:
     """The settings, in which a preset's large numbers shrink to what a small file of pairs has."""
+    # Made again from the start, the numbers are fitted again: the file may have grown.
+    fitted = read_config(Path(s.run) / "config.json").get("fitted", ())
+    s = replace(s, **{name: PRESETS[s.preset][name] for name in fitted})
     changes = few.fit_to_few_pairs(s, evaluation.prompt)
-    if not changes:
-        return s
-    print(few.as_flags(s, changes))
-    return amend(s, changes)
+    if changes:
+        print(few.as_flags(s, changes))
+    if changes or fitted:
+        s = amend(s, changes)
+    return s
 
 
 def main(argv: list[str]) -> None:

@@ -54,9 +54,9 @@ def main(argv: list[str]) -> None:
     jobs = candidate_jobs(s, k, prompts)
 
     # A picture that was lost or damaged since is drawn again.
-    undrawn = lacking(s, jobs, keep_latents=True)
+    is_done = is_whole(table) and not lacking(s, jobs, models.latent_shape(s))
     wait()
-    if is_whole(table) and not undrawn:
+    if is_done:
         if is_main():
             print(f"02 generate: {table} is there, nothing to do")
         return

@@ -494,10 +494,10 @@ def main(argv: list[str]) -> None:
             refuse_unfinite_rewards(s, k, holdout, holdout_draws.reward)
         pairs = choose_pairs(s, k, candidates, draws)
         refuse_no_pairs(s, k, pairs)
-        judge = describe_judge(s, k, pairs, comparisons, holdout_draws)
 
         # write
         if is_main():
+            judge = describe_judge(s, k, pairs, comparisons, holdout_draws)
             write_results(s, k, candidates, draws, holdout, holdout_draws, pairs, judge)
 
 

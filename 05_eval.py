@@ -235,7 +235,8 @@ def facts_of_rows(s: Settings, compared: dict[str, int | str]) -> dict[str, dict
             facts[name] = {"human pairs": "0", "minutes": ""}
         elif k is not None:
             # What it took to make model k: human pairs, Iter0 and the rounds up to k.
-            making = cost[(cost.stage != "05_eval") & (cost.iter.fillna(0) <= k)]
+            is_making = ~cost.stage.isin(["05_eval", "crossfit"])
+            making = cost[is_making & (cost.iter.fillna(0) <= k)]
             minutes = making.seconds.sum() / 60
             facts[name] = {"human pairs": human_pairs(s, k), "minutes": f"{minutes:.1f}"}
         elif rows.RIVALS.get(s.preset, {}).get(name) == where:

@@ -7,7 +7,7 @@
 #   ./run_sail.sh --run runs/edit --from runs/tiny     an edited stage, from another run's human pairs and Iter0
 #   ./run_sail.sh --redo-from iter1               make again what the run has from round 1 on
 #   ./run_sail.sh compare runs/a runs/b           two runs: settings, results and pictures side by side
-#   ./run_sail.sh label                           label pairs in a page; ./run_sail.sh tiny --pairs runs/taste learns from them
+#   ./run_sail.sh label                           label pairs in a page; ./run_sail.sh tiny --run runs/mine --pairs runs/taste learns
 #   ./run_sail.sh duel --run RUN base Iter3       judge two models of a run blind, in the same page
 #   ./run_sail.sh sd15 --plan                     what a run would cost, before anything is spent
 #   ./run_sail.sh sd15 --check                    what a run would need and does not have
@@ -45,7 +45,7 @@ for word in "$@"; do
 done
 
 answer=$("$python" -m lib.settings "$@")                        # makes or checks <run>/config.json
-{ read -r iters; read -r alpha; } <<< "$answer"
+{ read -r iters; read -r draws; } <<< "$answer"
 run=${answer#*$'\n'*$'\n'}
 run=${run%/}
 
@@ -62,7 +62,7 @@ stage() {
 stage "$seed" 01_seed.py                                        # human pairs and prompts
 stage iter0/unet 04_train_dpo.py --iter 0                       # Iter0: Diffusion-DPO on the human pairs
 for ((k = 1; k <= iters; k++)); do
-    if [ "$alpha" != 0.0 ]; then                                # human pairs alone need no candidates
+    if [ "$draws" = 1 ]; then                                   # human pairs alone need no candidates
         stage "iter$k/candidates.parquet" 02_generate.py --iter "$k"    # N per new prompt, from model k-1
         # Where few of one's own pairs are held out, all of them tell how good a judge Iter0 is.
         [ "$k" != 1 ] || stage iter1/pairs.parquet lib/crossfit.py
@@ -71,5 +71,6 @@ for ((k = 1; k <= iters; k++)); do
     stage "iter$k/unet" 04_train_dpo.py --iter "$k"             # model k, from the mix of human and own pairs
 done
 launch 05_eval.py                                               # scores, table, curves, page
+rm -f "$run/.redo"                                              # of --redo-from (lib/again.py)
 exit
 }

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib.code import changed_since
+from lib.code import changed_since, fingerprint
 from lib.lend import (COMMON_FILES, HUMAN_PAIRS, ITER0, Step, equal_steps, files_at, ledger_rows,
                       lend)
 from lib.lock import is_in
-from lib.run import read_table, run_stage, write_table
-from lib.settings import RUN_ARGUMENTS, Settings, load, parse
+from lib.run import read_table, run_stage, write_table, write_text
+from lib.settings import RUN_ARGUMENTS, Settings, load, parse, planned
+
+STAGES = ("01_seed.py", "02_generate.py", "03_rank.py", "04_train_dpo.py")
 
 # What the stages write in iterK/, and what belongs to the seed.
 OF_A_ROUND = ("candidates.parquet", "images", "latents", "draws.parquet", "holdout_draws.parquet",
@@ -71,6 +73,17 @@ def remove_from(run: Path, first: str) -> list[str]:
     return names
 
 
+def redo(run: Path, first: str) -> None:
+    """Remove what is to be made again, once: a repeated command goes on with what it has made."""
+    # The driver removes the mark at the end. Code that was edited since is another command.
+    mark = run / ".redo"
+    command = " ".join([first, *map(fingerprint, STAGES)])
+    if mark.exists() and mark.read_text() == command:
+        return
+    print(f"made again: {', '.join(remove_from(run, first)) or 'nothing was there'}")
+    write_text(command, mark)
+
+
 def remove(path: Path, run: Path) -> None:
     """Remove a file, or a folder with what is in it, of a run."""
     if path.is_symlink():
@@ -90,7 +103,7 @@ def steps_to_take(source: Path, s: Settings, ledger: pd.DataFrame) -> list[Step]
     Human pairs and Iter0 are taken also where the code has changed since: whoever edits a stage
     starts from them. The candidates and the ranking of round 1 are not.
     """
-    theirs, _ = load([f"--run={source}"], "")
+    theirs = planned([f"--run={source}"], "")
     changed = changed_since(ledger)
     steps = []
     for step in equal_steps(source, s, theirs):
@@ -111,8 +124,13 @@ def take(source: Path, s: Settings) -> list[Step]:
     patterns = list(COMMON_FILES)
     for step in steps:
         patterns += step.files
+
+    # The ledger first: files that are there are not taken again.
+    rows, own = ledger_rows(ledger, steps), run / "ledger.parquet"
+    if own.exists():
+        rows = pd.concat([rows, pd.read_parquet(own)], ignore_index=True).drop_duplicates()
+    write_table(rows, own)
     lend(files_at(source, patterns), source, run)
-    write_table(ledger_rows(ledger, steps), run / "ledger.parquet")
     return steps
 
 
@@ -147,7 +165,7 @@ def main(argv: list[str]) -> None:
     run = Path(s.run)
     first, source = own.redo_from, getattr(own, "from")
     if first:
-        print(f"made again: {', '.join(remove_from(run, first)) or 'nothing was there'}")
+        redo(run, first)
     if source and not (run / "prompts.parquet").exists():
         steps = take(Path(source), s)
         taken = ", ".join(step.title for step in steps) or "nothing: the settings differ"

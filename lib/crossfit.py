@@ -31,9 +31,9 @@ from lib.finite import refuse_unfinite_rewards
 from lib.judge import CROSSFIT
 from lib.models import BASE
 from lib.plan.stages import load_stage
-from lib.run import (Ledger, begin, is_main, is_whole, read_pairs, run_stage, seed_of, wait,
-                     write_table)
-from lib.settings import Settings, load
+from lib.run import (Ledger, begin, is_main, is_whole, process_state, read_pairs, run_stage,
+                     seed_of, wait, write_table)
+from lib.settings import Settings, load, micro_batch_of
 from lib.training import encode_missing
 
 FOLDS = 5
@@ -67,7 +67,8 @@ def judge_fold(s: Settings, others: pd.DataFrame, fold: pd.DataFrame, folder: Pa
                ledger: Ledger) -> None:
     """Train on the other pairs, and write every draw of the fold's to holdout_draws.parquet."""
     training, rank = load_stage("04"), load_stage("03")
-    s = replace(as_long_as_iter0(s, len(others)), track="off")
+    s = replace(as_long_as_iter0(s, len(others)), track="off", compile="off",
+                micro_batch=micro_batch_of(s, process_state().num_processes))
     checkpoint = folder / "checkpoint.pt"
     policy, _ = training.train(s, 0, others, len(others), ledger, checkpoint)
 

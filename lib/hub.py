@@ -90,7 +90,7 @@ def names_at(where: str) -> list[str]:
     path = Path(where)
     if os.path.isdir(path):
         return [p.relative_to(path).as_posix() for p in two_levels(path)]
-    if not HUB_ID.fullmatch(where) or os.path.isdir(path.parent):
+    if not HUB_ID.fullmatch(where):
         raise UserError(f"{where}: no such file or folder, nor a hub id (owner/name)")
     return hub_names(where)
 
@@ -106,7 +106,11 @@ def hub_names(hub_id: str) -> list[str]:
         folder = cached_folder(hub_id)
         if folder:
             return names_at(str(folder))
-        raise UserError(f"{hub_id}: {why(error, hub_id)}") from None
+        # Where the folder above it is here, a path was meant, perhaps.
+        here = ""
+        if os.path.isdir(os.path.dirname(hub_id)):
+            here = "no such file or folder, and as a hub id: "
+        raise UserError(f"{hub_id}: {here}{why(error, hub_id)}") from None
 
 
 def two_levels(folder: Path) -> list[Path]:
@@ -123,6 +127,7 @@ def cached_folder(hub_id: str) -> Path | None:
         return None
 
 
+@functools.cache
 def hub_commit(where: str) -> str:
     """Ask the hub for a model's commit; offline it is the cache's, which is what will be loaded."""
     from huggingface_hub import model_info

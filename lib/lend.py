@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lib.files import atomic
 from lib.settings import Settings
 
 
@@ -38,7 +39,7 @@ ITER0 = Step(
     stage="04_train_dpo", round=0,
     settings=("beta", "lr", "loss", "iter0_steps", "start", "batch", "lora_rank", "flip",
               "optimizer", "warmup", "weight_decay", "max_grad_norm", "prompt_dropout"),
-    files=("iter0", "eval/*/Iter0-*"),
+    files=("iter0/unet", "iter0/lora*", "iter0/train_log.parquet", "eval/*/Iter0-*"),
 )
 CANDIDATES = Step(
     title="the candidates of round 1",
@@ -116,8 +117,8 @@ def agree(mine: Settings, theirs: Settings, names: Iterable[str]) -> bool:
 
 
 def has_all(run: Path, patterns: Iterable[str]) -> bool:
-    """Whether a run has something for each of the patterns, evaluations apart."""
-    needed = [pattern for pattern in patterns if not pattern.startswith("eval")]
+    """Whether a run has something for each of the patterns; evaluation and adapter may lack."""
+    needed = [pattern for pattern in patterns if not pattern.startswith(("eval", "iter0/lora"))]
     return all(any(run.glob(pattern)) for pattern in needed)
 
 
@@ -144,7 +145,8 @@ def lend(files: list[Path], source: Path, target: Path) -> None:
         try:
             os.link(file, copy)
         except OSError:                         # another file system
-            shutil.copy2(file, copy)
+            with atomic(copy) as temporary:
+                shutil.copy2(file, temporary)
 
 
 def is_table(file: Path) -> bool:

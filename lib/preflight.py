@@ -411,8 +411,6 @@ def existing(folder: Path) -> Path:
 
 def check_memory(s: Settings, architecture) -> str:
     """Refuse a device, or a machine, that is too small even if the plan counts a fifth too much."""
-    import psutil
-
     from lib import models
     from lib.plan.memory import Memory, smaller
     from lib.plan.report import as_flags, in_gb
@@ -427,7 +425,7 @@ def check_memory(s: Settings, architecture) -> str:
         raise UserError(f"{name} has {in_gb(capacity)}, and the run takes about {in_gb(peak)}; "
                         f"{advice}")
 
-    of_host, capacity_of_host = max(memory.host.values()), psutil.virtual_memory().total
+    of_host, capacity_of_host = max(memory.host.values()), memory_of_machine()
     if of_host > WITHIN * capacity_of_host:
         raise UserError(f"this machine has {in_gb(capacity_of_host)} of memory, and the run takes "
                         f"about {in_gb(of_host)} beside the device's; take a larger one")
@@ -436,7 +434,6 @@ def check_memory(s: Settings, architecture) -> str:
 
 def room_of_device(s: Settings) -> tuple[str, int]:
     """The name of the run's device, and its memory in bytes."""
-    import psutil
     import torch
 
     from lib import models
@@ -445,7 +442,18 @@ def room_of_device(s: Settings) -> tuple[str, int]:
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         return card.name, card.total_memory
-    return device.type, psutil.virtual_memory().total
+    return device.type, memory_of_machine()
+
+
+def memory_of_machine() -> int:
+    """Bytes of memory here, or the less that a container is given (cgroups, version 2 or 1)."""
+    import psutil
+
+    total = psutil.virtual_memory().total
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):              # there is none, or it is "max"
+            total = min(total, int((Path("/sys/fs/cgroup") / name).read_text()))
+    return total
 
 
 if __name__ == "__main__":

@@ -257,7 +257,10 @@ def is_program() -> bool:
     root = Path(__file__).resolve().parent.parent
     script = sys.argv[0] if hasattr(sys, "argv") and sys.argv else ""
     is_worker = multiprocessing.parent_process() is not None
-    return not is_worker and (script == "-m" or Path(script).resolve().is_relative_to(root))
+    path = Path(script).resolve()
+    is_ours = path.is_file() and path.is_relative_to(root)
+    is_installed = path.is_relative_to(Path(sys.prefix).resolve())
+    return not is_worker and (script == "-m" or is_ours and not is_installed)
 
 
 if is_program():

@@ -49,9 +49,10 @@ def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str,
     batches = [jobs.iloc[start:start + s.sample_batch] for start in starts]
 
     # Of this process's turn, the batches that lack a picture.
+    shape = models.latent_shape(s) if keep_latents else None
     to_draw = []
     for batch in my_share(batches):
-        undrawn = lacking(s, batch, keep_latents)
+        undrawn = lacking(s, batch, shape)
         models.tell_damaged(undrawn)
         if undrawn:
             to_draw.append(batch)
@@ -69,12 +70,13 @@ def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str,
     wait()
 
 
-def lacking(s: Settings, jobs: pd.DataFrame, keep_latents: bool) -> list[Path]:
-    """The pictures of `jobs` that are not there whole; with `keep_latents` also their latents."""
+def lacking(s: Settings, jobs: pd.DataFrame, shape: tuple[int, ...] | None) -> list[Path]:
+    """The pictures of `jobs` that are not there whole; also their latents, if these have a shape.
+    """
     pictures = [Path(s.run) / image for image in jobs.image]
     files = [picture for picture in pictures if not is_whole(picture)]
-    if keep_latents:
-        without = models.lacking_latents(pictures, False, models.latent_shape(s))
+    if shape:
+        without = models.lacking_latents(pictures, False, shape)
         files += [latent_path(picture) for picture in without]
     return files
 

@@ -937,7 +937,7 @@ def main(argv: list[str]) -> None:
         refuse_lacking(s, Path(s.run))
 
     # The folder stands last, with a slash behind it: the driver's $(...) cuts blank ends.
-    print(s.iters, s.alpha, f"{s.run}/", sep="\n")
+    print(s.iters, int(needs_prompts(s)), f"{s.run}/", sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from lib import hub
 from lib.run import UserError
 from lib.settings import (ROOT, SCORES, Settings, check_device, in_world, micro_batch_of,
-                          named_weights, require)
+                          named_weights, needs_prompts, require)
 from lib.world import captions
 
 # Rows of the table that no training can start from.
@@ -67,7 +67,7 @@ def check_score_weights(s: Settings) -> None:
 
 def check_reward(s: Settings) -> None:
     """Refuse a run that cannot have the score that ranks its candidates."""
-    if s.reward not in SCORES:
+    if s.reward not in SCORES or not needs_prompts(s):
         return
     try:
         check_score(s, s.reward)

@@ -14,6 +14,7 @@ import runpy
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 # What every stage imports. Nothing is computed here: torch's threads start with the first
 # computation, and a process that has them must not fork.
@@ -21,6 +22,7 @@ import pandas  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 
 import lib.models  # noqa: F401
+from lib.code import with_imports
 from lib.program import answer_with, end_at_once
 
 # The stage that is at work, and the exit code where this process is to end after it.
@@ -73,6 +75,11 @@ def hand_on(number: int, frame) -> None:
 def main() -> None:
     """Read stages from standard input; run each, and tell its exit code."""
     global child
+
+    # The ledger's fingerprints are of the code that is imported here, also where it is edited while
+    # the run goes on.
+    with_imports(Path(__file__).resolve())
+
     # Ctrl-C is for the stage. This process ends with the driver, which then writes no more.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, hand_on)
@@ -103,9 +110,9 @@ def main() -> None:
             os.write(3, f"{code}\n".encode())
         except BrokenPipeError:                        # the driver is gone already
             return
+        child = 0
         if stopping:
             sys.exit(stopping)
-        child = 0
         words = []
 
 

@@ -95,8 +95,11 @@ def test_what_is_made_again_equals_what_was_there(mini_copy, mini, capsys):
     assert not list((mini_copy / "eval").glob("*/Iter2-*"))
     assert list((mini_copy / "eval").glob("*/Iter1-*"))
 
+    # The same command goes on with what it has made; that of other code begins anew.
     for number in ("02", "03", "04"):
         assert call(number, mini_copy, "--iter", "2") is None
+        start(mini_copy, "--redo-from", "iter2")
+        assert "made again" not in capsys.readouterr().out
     assert same_tensors(weights_of(mini_copy, 2), weights_of(mini, 2))
 
 
@@ -109,7 +112,7 @@ def test_only_a_place_of_the_run_is_made_again(mini, where):
 def test_all_may_be_made_again(mini_copy):
     start(mini_copy, "--redo-from", "seed")
     left = {path.name for path in mini_copy.iterdir()}
-    assert left - {".lock"} == {"code", "config.json", "embeds", "eval", "ledger.parquet"}
+    assert left - {".lock", ".redo"} == {"code", "config.json", "embeds", "eval", "ledger.parquet"}
 
 
 # ---- --from ----

@@ -325,7 +325,7 @@ def test_the_ledger_counts_the_work_of_both_processes(mini, of_two):
 
 @pytest.fixture
 def driven(tmp_path):
-    """drive(alpha): the stages that the driver asks for in tmp_path/run, which has its Iter0.
+    """drive(draws): the stages that the driver asks for in tmp_path/run, which has its Iter0.
 
     A stand-in for python prints what it is asked; SAIL_LAUNCH stands before every stage. The run
     folder may have another name.
@@ -336,7 +336,7 @@ def driven(tmp_path):
     save_file({"weight": torch.zeros(1)}, run / "iter0/unet" / UNET_FILE)
     python.write_text('#!/bin/sh\n'
                       'case "$1 $2" in\n'
-                      '"-m lib.settings") printf "2\\n%s\\n%s/\\n" "$ALPHA" "$RUN";;\n'
+                      '"-m lib.settings") printf "2\\n%s\\n%s/\\n" "$DRAWS" "$RUN";;\n'
                       '"-m lib.again") ;;\n'
                       f'"-m "*) exec "{sys.executable}" "$@";;\n'
                       '*) echo "$@";;\n'
@@ -346,9 +346,9 @@ def driven(tmp_path):
     env = os.environ | {"SAIL_ACTIVE": "1", "PATH": path, "RUN": str(run),
                         "SAIL_LAUNCH": "python launch -n 2"}
 
-    def drive(alpha: str, folder: str = str(run)) -> list[str]:
+    def drive(draws: str, folder: str = str(run)) -> list[str]:
         done = subprocess.run([ROOT / "run_sail.sh", "tiny"], cwd=tmp_path, capture_output=True,
-                              env=env | {"ALPHA": alpha, "RUN": folder}, text=True)
+                              env=env | {"DRAWS": draws, "RUN": folder}, text=True)
         first, *lines = done.stdout.splitlines()
         assert first == f"run folder: {folder}"
         return lines
@@ -367,13 +367,13 @@ def launched(run: Path, *stages: str) -> list[str]:
 
 
 def test_the_driver_launches_every_stage_that_is_not_done(driven, tmp_path):
-    assert driven("0.25") == launched(
+    assert driven("1") == launched(
         tmp_path / "run", "01", "02 --iter 1", "crossfit", "03 --iter 1", "04 --iter 1",
         "02 --iter 2", "03 --iter 2", "04 --iter 2", "05")
 
 
 def test_human_pairs_alone_need_no_candidates(driven, tmp_path):
-    assert driven("0.0") == launched(tmp_path / "run", "01", "04 --iter 1", "04 --iter 2", "05")
+    assert driven("0") == launched(tmp_path / "run", "01", "04 --iter 1", "04 --iter 2", "05")
 
 
 @pytest.mark.parametrize("folder", ["-delete", " a  b ", "--run", "*", "."])
@@ -383,7 +383,7 @@ def test_no_name_of_a_run_folder_is_an_option(driven, tmp_path, folder):
     for path in bystanders:
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert driven("0.0", folder) == launched(folder, "01", "04 --iter 0", "04 --iter 1",
+    assert driven("0", folder) == launched(folder, "01", "04 --iter 0", "04 --iter 1",
                                              "04 --iter 2", "05")
     assert all(path.exists() for path in bystanders)
 
@@ -410,7 +410,7 @@ def test_the_driver_sweeps_up_what_a_kill_left_half_written(driven, tmp_path):
     (run / "elsewhere").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "linked").symlink_to(run)
 
-    driven("0.25", str(tmp_path / "linked"))
+    driven("1", str(tmp_path / "linked"))
     assert {name: (run / name).exists() for name in LEFT} == LEFT
 
 

@@ -216,9 +216,10 @@ def test_amended_settings_are_checked(tmp_path):
         amend(s, {"seed_pairs": 0})
 
 
-def test_the_driver_is_told_rounds_alpha_and_folder(tmp_path, capsys):
-    settings.main(["--run", str(tmp_path / "r"), "--iters", "5", "--alpha", "0"])
-    assert capsys.readouterr().out == f"5\n0.0\n{tmp_path / 'r'}/\n"
+@pytest.mark.parametrize("alpha, draws", [("0", 0), ("-0.0", 0), (".25", 1)])
+def test_the_driver_is_told_rounds_whether_they_draw_and_folder(tmp_path, capsys, alpha, draws):
+    settings.main(["--run", str(tmp_path / "r"), "--iters", "5", f"--alpha={alpha}"])
+    assert capsys.readouterr().out == f"5\n{draws}\n{tmp_path / 'r'}/\n"
 
 
 # ---- refusals: one line that names the setting, and no folder is made ----

@@ -494,7 +494,7 @@ def test_an_answer_that_does_not_arrive_is_sent_again_and_counts_once(browser, t
                    "  return real(...given); }")
         browser.key("ArrowLeft")
         browser.js("new Promise(done => setTimeout(done, 100))")
-        assert "kept" in browser.js("$('note').innerText")
+        assert "is sent as soon" in browser.js("$('note').innerText")
         assert browser.js("showing.pair") == before                 # nothing else can be answered
         browser.key("ArrowRight")
         somebody.settle(f"showing.pair !== {before}")
@@ -776,9 +776,9 @@ def test_a_duel_of_pictures_hides_the_names_and_counts_the_votes(tmp_path):
     run, names = tmp_path / "run", list(rows)
     now = duel.duels(duel.pictures_of_rows(run, rows), names, 12)
     assert len(now) == 12 and set(now.prompt) <= set(prompts[5:])
-    shown = duel.remember(now, run / "eval/duel.parquet")
+    duel.remember(now, run / "eval/duel.parquet")
     file = AnswerFile(run / "eval/duel.jsonl")
-    desk = duel.desk_of(run, now, shown, names, file, "me")
+    desk = duel.desk_of(run, now, names, file, "me")
     with serving(desk) as address:
         visitor = person.Visitor(address)
         state = visitor.state()
@@ -804,9 +804,11 @@ def test_a_duel_of_pictures_hides_the_names_and_counts_the_votes(tmp_path):
     # Another duel in the folder: votes of both stay.
     duel.remember(now.assign(pair_id=[f"other {i}" for i in range(12)], model_b="third"),
                   run / "eval/duel.parquet")
-    again = pd.read_parquet(run / "eval/duel.parquet")
-    duel.write_results(run, file, again, names)
-    assert len(pd.read_parquet(run / "eval/votes.parquet")) == len(cast)
+    file.append(file.lines[-1]._replace(id="of another", pair="other 0", turn=1))
+    desk.results()
+    votes = pd.read_parquet(run / "eval/votes.parquet")
+    assert len(votes) == len(cast) + 1
+    assert "other 0" in set(votes.pair_id)
 
 
 def test_rows_that_are_not_there_are_drawn_by_stage_05_and_others_stay(tmp_path, monkeypatch):

@@ -38,7 +38,8 @@ SECOND_IS_BETTER = (0, 1)
 TIE = (.5, .5)
 
 # A CSV has them as texts.
-AS_TEXT = {"1": 1, "0": 0, ".5": .5, "0.5": .5, "true": 1, "false": 0}
+AS_TEXT = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, ".5": .5, "0.5": .5, "true": 1, "false": 0,
+           "": None}
 
 
 class Row(NamedTuple):

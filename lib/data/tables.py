@@ -154,6 +154,8 @@ def csv_records(text: str, delimiter: str) -> list[dict]:
     records = []
     try:
         for record in reader:
+            if not strict and any("\n" in cell for cell in record.values() if type(cell) is str):
+                raise csv.Error("a double quote that is not closed")
             records.append(record)
     except csv.Error as error:
         raise ValueError(f"row {len(records) + 1}: {error}") from None

@@ -72,7 +72,7 @@ class Architecture:
     @property
     def factor(self) -> int:
         """Pixels of a picture's side for each one of its latent's."""
-        return 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return models.pixels_per_latent(self.vae)
 
 
 def architecture_of(s: Settings, ask_hub: bool = True) -> Architecture:

@@ -76,6 +76,8 @@ def values_of_prompt(architecture: Architecture) -> int:
     """Numbers in a prompt's embedding, with SDXL's pooled one."""
     unet = architecture.unet
     pooled = unet.get("projection_class_embeddings_input_dim") or 0
+    if pooled:
+        pooled -= 6 * unet["addition_time_embed_dim"]           # SDXL's sizes, which are not kept
     return architecture.tokens * unet["cross_attention_dim"] + pooled
 
 

@@ -92,7 +92,7 @@ class Memory:
         return {
             "01_seed": size * max(self.vae_weights, self.architecture.text_weights),
             "02_generate": unet,
-            "crossfit": unet,
+            "crossfit": unet if self.s.lora_rank else FULL * self.unet_weights,
             "03_rank": unet,
             "04_train_dpo": FULL * self.unet_weights,
             "05_eval": unet,

@@ -133,6 +133,8 @@ def describe_memory(s: Settings, speed: Probe | Estimate, memory: Memory) -> lis
     changes = smaller(memory, speed.capacity)
     if changes:
         advice = "this does: " + as_flags(changes)
+    elif changes is not None:
+        advice = "by the count of shapes all but the encoding would; try smaller batches"
     lines.append(f"the highest peak, {in_gb(highest)}, does NOT fit into {speed.where}'s "
                  f"{in_gb(speed.capacity)}; {advice}")
     return lines

@@ -104,7 +104,7 @@ class AnswerFile:
                 continue
             try:
                 self.lines.append(parse(line))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 # Only a last line has no end: the writing of it was cut off.
                 reason = "cut off" if row == len(rows) else f"no answer ({error})"
                 self.faults.append(f"{self.path}, row {row}: {reason}; it is passed over")

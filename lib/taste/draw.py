@@ -75,7 +75,9 @@ def drawing_jobs(s: Settings, pairs: pd.DataFrame) -> pd.DataFrame:
 def main(argv: list[str]) -> None:
     s, _ = load(argv, __doc__)
     wait_for_turn(Path(s.run))
-    pairs = read_table(Path(s.run) / "shown.parquet", PAIR_COLUMNS, "./run_sail.sh label")
+    columns = (*PAIR_COLUMNS, "source")
+    pairs = read_table(Path(s.run) / "shown.parquet", columns, "./run_sail.sh label")
+    pairs = pairs[pairs.source == "drawn"]                          # not a person's own
     jobs = drawing_jobs(s, pairs)
     if jobs.empty:
         return

@@ -4,8 +4,8 @@ reads   the rows' pictures of the evaluation's prompts, which stage 05 draws whe
         or pictures that exist
 writes  eval/duel.parquet   pair_id, prompt_id, prompt, seed, a, b, model_a, model_b: what is shown
         eval/duel.jsonl     what was answered, line by line (lib/taste/answers.py)
-        eval/votes.parquet  prompt_id, prompt, seed, left, right, winner ("" is a tie), labeller,
-                            turn, seconds, time, sitting: all votes of the folder
+        eval/votes.parquet  prompt_id, seed, pair_id, prompt, labeller, turn, left, right, winner
+                            ("" is a tie), seconds, time, sitting: all votes of the folder
 
 Two rows or more, each a row of the run's table by its name, or NAME=WHERE as stage 05's --row.
 NAME=images:PATH needs no run where all rows are such. The same command goes on where it was.
@@ -32,7 +32,7 @@ from lib.taste import votes
 from lib.taste.answers import VOTE_COLUMNS, AnswerFile
 from lib.taste.answers import votes as votes_of
 from lib.taste.label import SERVER_ARGUMENTS
-from lib.taste.server import Desk, serve
+from lib.taste.server import Desk, listed, serve
 from lib.taste.showings import id_of
 
 IMAGES = "images:"
@@ -227,8 +227,10 @@ def lines_about(cast: pd.DataFrame, names: list[str]) -> list[str]:
     return lines
 
 
-def write_results(run: Path, file: AnswerFile, shown: pd.DataFrame, names: list[str]) -> list[str]:
+def write_results(run: Path, file: AnswerFile, names: list[str]) -> list[str]:
     """Write votes.parquet; lines about the rows `names` for people."""
+    # Another duel of this run may have added pairs since this one began.
+    shown = read_table(run / "eval" / "duel.parquet", SHOWN_COLUMNS, "./run_sail.sh duel")
     cast = cast_votes(file, shown)
     write_table(cast, run / "eval" / "votes.parquet")
 
@@ -246,34 +248,26 @@ def write_results(run: Path, file: AnswerFile, shown: pd.DataFrame, names: list[
     return lines
 
 
-def worth(cast: int) -> str:
-    """How close the votes so far come, without telling who is ahead."""
+def worth(cast: int, comparisons: int) -> str:
+    """How close the votes so far come in each comparison, without telling who is ahead."""
     if not cast:
         return "names are told at the end"
-    return f"{cast} votes: ±{98 / math.sqrt(cast):.0f} points"
+    return f"{cast} votes: ±{98 / math.sqrt(cast / comparisons):.0f} points"
 
 
 # ---- the command ----
 
-def desk_of(run: Path, now: pd.DataFrame, shown: pd.DataFrame, names: list[str], file: AnswerFile,
+def desk_of(run: Path, now: pd.DataFrame, names: list[str], file: AnswerFile,
             labeller: str) -> Desk:
     """What the page's server needs to know: of the pairs shown `now`, no names."""
-    listed = []
-    for pair in now.itertuples():
-        listed.append({
-            "pair_id": pair.pair_id,
-            "prompt": pair.prompt,
-            "a": run / pair.a,
-            "b": run / pair.b,
-        })
     return Desk(
         title="duel",
         question="Which is the better picture of this?",
-        pairs=listed,
+        pairs=listed(run, now),
         file=file,
         labeller=labeller,
-        worth=lambda: worth(len(votes_of(file.lines, now))),
-        results=lambda: write_results(run, file, shown, names),
+        worth=lambda: worth(len(votes_of(file.lines, now)), math.comb(len(names), 2)),
+        results=lambda: write_results(run, file, names),
     )
 
 
@@ -289,12 +283,12 @@ def main(argv: list[str]) -> None:
     names = list(rows)
 
     now = duels(pictures_of_rows(run, rows), names, given.count)
-    shown = remember(now, run / "eval" / "duel.parquet")
+    remember(now, run / "eval" / "duel.parquet")
     file = AnswerFile(run / "eval" / "duel.jsonl")
     for fault in file.faults:
         print(fault)
 
-    desk = desk_of(run, now, shown, names, file, given.labeller)
+    desk = desk_of(run, now, names, file, given.labeller)
     try:
         serve(desk, given.host, given.port, not given.no_browser)
     finally:

@@ -35,7 +35,7 @@ from lib.settings import PRESETS, ROOT, Settings, config_of, flag, load, parse
 from lib.taste import votes
 from lib.taste.answers import AnswerFile, labels, standing
 from lib.taste.answers import votes as votes_of
-from lib.taste.server import LOCAL, Desk, serve
+from lib.taste.server import LOCAL, Desk, listed, serve
 from lib.taste.showings import PAIR_COLUMNS, id_of, neighbours
 from lib.world import captions
 
@@ -147,6 +147,14 @@ def choose_pairs(s: Settings, images: str, count: int) -> pd.DataFrame:
         raise UserError(f"--images {images}: no prompt has two pictures; a pair needs two of one "
                         f"prompt")
 
+    # A copied picture that has disappeared is copied again.
+    if images and not all((run / image).exists() for image in [*table.a, *table.b]):
+        lost = set(known)
+        for pair in copied_pairs(run, images):
+            lost.discard(pair[0])
+            if not lost:
+                break
+
     if len(rows) > len(table):
         table = pd.DataFrame(rows, columns=TABLE_COLUMNS)
         write_table(table, run / "shown.parquet")
@@ -212,7 +220,7 @@ def for_json(value: votes.Share) -> dict:
     return {"value": value.value, "low": value.low, "high": value.high, "pairs": value.n}
 
 
-def usual_seconds(own: pd.DataFrame) -> float | None:
+def median_seconds(own: pd.DataFrame) -> float | None:
     """The median time of an answer, where times are known."""
     seconds = own.seconds.dropna()
     if seconds.empty:
@@ -232,7 +240,7 @@ def agreements(file: AnswerFile, pairs: pd.DataFrame) -> dict:
             "pairs": own.pair_id.nunique(),
             "ties": int((own.winner == "").sum()),
             "skipped": skipped.count(name),
-            "seconds": usual_seconds(own),
+            "seconds": median_seconds(own),
             "agrees_with_self": for_json(votes.self_agreement(own)),
             "prefers_left": for_json(votes.side_bias(own)),
         }
@@ -322,23 +330,19 @@ def load_folder(argv: list[str]):
 
 def desk_of(s: Settings, pairs: pd.DataFrame, file: AnswerFile, labeller: str) -> Desk:
     """What the page's server needs to know."""
-    listed = []
-    for pair in pairs.itertuples():
-        listed.append({
-            "pair_id": pair.pair_id,
-            "prompt": pair.prompt,
-            "a": Path(s.run) / pair.a,
-            "b": Path(s.run) / pair.b,
-        })
+    def write() -> list[str]:
+        # Another labeller's command may have added pairs since this one began.
+        return write_results(s, file, read_pairs(Path(s.run)), labeller)
+
     return Desk(
         title="label",
         question="Which do you prefer?",
-        pairs=listed,
+        pairs=listed(Path(s.run), pairs),
         file=file,
         labeller=labeller,
         worth=lambda: worth(file, pairs),
-        results=lambda: write_results(s, file, pairs, labeller),
-        after_answer=lambda: write_results(s, file, pairs, labeller),
+        results=write,
+        after_answer=write,
     )
 
 

@@ -185,7 +185,7 @@ class Desk:
             raise ValueError("answer or turn")
         if type(number) is not int or not 0 <= number < len(self.pairs):
             raise ValueError("pair")
-        if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        if type(seconds) not in (int, float) or not 0 <= seconds < 1e9:
             raise ValueError("seconds")
         if not isinstance(message["id"], str) or not 8 <= len(message["id"]) <= 64:
             raise ValueError("id")
@@ -202,6 +202,12 @@ class Desk:
             labeller=self.labeller,
             sitting=self.sitting,
         )
+
+
+def listed(folder: Path, pairs) -> list[dict]:
+    """What Desk.pairs holds, of a table with pair_id, prompt, a and b."""
+    return [{"pair_id": pair.pair_id, "prompt": pair.prompt, "a": folder / pair.a,
+             "b": folder / pair.b} for pair in pairs.itertuples()]
 
 
 def usual_seconds(answers: list[Answer]) -> float | None:
@@ -306,7 +312,10 @@ def is_allowed_host(given: str, host: str) -> bool:
     A page elsewhere may let its own name point to this machine; an address or localhost is no name
     that it could have.
     """
-    name = urlsplit(f"//{given}").hostname or ""
+    try:
+        name = urlsplit(f"//{given}").hostname or ""
+    except ValueError:
+        return False
     if name == "localhost":
         return True
     if host != LOCAL and name in (host.lower(), socket.gethostname().lower()):
