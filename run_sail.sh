@@ -7,6 +7,7 @@
 #   ./run_sail.sh --run runs/edit --from runs/tiny     an edited stage, from another run's human pairs and Iter0
 #   ./run_sail.sh --redo-from iter1               make again what the run has from round 1 on
 #   ./run_sail.sh compare runs/a runs/b           two runs: settings, results and pictures side by side
+#   ./run_sail.sh rival spo --run runs/tiny       a rival of the table, trained on a run's human pairs; or mapo, ...
 #   ./run_sail.sh label                           label pairs in a page; ./run_sail.sh tiny --run runs/mine --pairs runs/taste learns
 #   ./run_sail.sh duel --run RUN base Iter3       judge two models of a run blind, in the same page
 #   ./run_sail.sh sd15 --plan                     what a run would cost, before anything is spent
@@ -16,7 +17,7 @@
 # SAIL_LAUNCH="accelerate launch --num_processes 8" ./run_sail.sh sd15 shares every stage among 8 GPUs; two processes on a
 # CPU: SAIL_LAUNCH="accelerate launch --multi_gpu --num_processes 2".
 # The same command after Ctrl-C, a crash or a power cut continues where it was. SAIL_ACTIVE=1 uses the active Python
-# environment instead of making .venv.
+# environment instead of making .venv; SAIL_WHEELS=FOLDER installs from a folder of wheels, without a network.
 set -euo pipefail
 {   # bash reads on to the closing brace before it begins: an edit of this file disturbs no run
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -25,6 +26,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 if [ "${1:-}" = study ]; then exec "$python" -m lib.study "${@:2}"; fi
 if [ "${1:-}" = compare ]; then exec "$python" -m lib.eval.compare "${@:2}"; fi
+if [ "${1:-}" = rival ]; then exec "$python" -m lib.rivals "${@:2}"; fi
 if [ "${1:-}" = label ]; then exec "$python" -m lib.taste.label "${@:2}"; fi
 if [ "${1:-}" = duel ]; then exec "$python" -m lib.taste.duel "${@:2}"; fi
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then set -- --preset "$@"; fi

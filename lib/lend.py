@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib.files import atomic
-from lib.settings import Settings
+from lib.settings import Settings, needs_prompts
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ ITER0 = Step(
 CANDIDATES = Step(
     title="the candidates of round 1",
     stage="02_generate", round=1,
-    settings=("candidates",),
+    settings=("candidates", "candidate_sampler", "candidate_steps"),
     files=("iter1/candidates.parquet", "iter1/images", "iter1/latents"),
 )
 
@@ -81,14 +81,18 @@ HUMAN_PAIRS = Step(
     files=("seed", "prompts.parquet", "benchmarks.parquet"),
 )
 
-# These depend on no setting that two such runs differ in.
+# What two runs have in common that number their prompts alike: a picture has its prompt's number.
 COMMON_FILES = ("embeds", "eval/*/base-*")
+NUMBERING = ("pairs", "prompts", "iters", "iter_prompts", "eval_prompts", "eval_count")
 
 
 # ---- which steps ----
 
 def agreeing_steps(mine: Settings, theirs: Settings) -> list[Step]:
     """The first steps in which the settings of two runs agree."""
+    if has_rounds(mine) and not has_rounds(theirs):
+        return []
+
     steps = [HUMAN_PAIRS, ITER0]
     if mine.alpha > 0:
         steps += [CANDIDATES, RANKING]
@@ -99,6 +103,16 @@ def agreeing_steps(mine: Settings, theirs: Settings) -> list[Step]:
             break
         agreeing.append(step)
     return agreeing
+
+
+def has_rounds(s: Settings) -> bool:
+    """Whether stage 01 sets prompts aside for rounds; with the embedded world's pairs, always."""
+    return s.pairs == "world" or needs_prompts(s)
+
+
+def number_alike(mine: Settings, theirs: Settings) -> bool:
+    """Whether a prompt of the evaluation has the same number in two runs."""
+    return agree(mine, theirs, NUMBERING) and has_rounds(mine) == has_rounds(theirs)
 
 
 def equal_steps(source: Path, mine: Settings, theirs: Settings) -> list[Step]:
@@ -117,8 +131,9 @@ def agree(mine: Settings, theirs: Settings, names: Iterable[str]) -> bool:
 
 
 def has_all(run: Path, patterns: Iterable[str]) -> bool:
-    """Whether a run has something for each of the patterns; evaluation and adapter may lack."""
-    needed = [pattern for pattern in patterns if not pattern.startswith(("eval", "iter0/lora"))]
+    """Whether a run has something for each of the patterns; what not every run makes may lack."""
+    may_lack = ("eval", "iter0/lora", "iter1/images")
+    needed = [pattern for pattern in patterns if not pattern.startswith(may_lack)]
     return all(any(run.glob(pattern)) for pattern in needed)
 
 

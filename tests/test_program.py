@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import ENV, ROOT, refused
 from PIL import Image
 
 from lib import lock, program, settings
@@ -51,6 +51,7 @@ case "$1 $2" in
 "-m lib.settings") printf '1\\n0.25\\n%s/\\n' "{run}";;
 "-m lib.again") ;;
 "-m "*) exec "{python}" "$@";;
+*environment.py*) ;;
 *) exec "{python}" "{stage}";;
 esac
 """
@@ -384,8 +385,8 @@ def test_threads_follow_a_containers_quota(tmp_path, files, threads):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    script = f'source "{ROOT}/lib/setup.sh"; threads_of_quota "{tmp_path}"'
-    done = subprocess.run(["bash", "-euc", script], env=os.environ | {"SAIL_ACTIVE": "1"},
+    script = f'source "$root/lib/setup.sh"; threads_of_quota "{tmp_path}"'
+    done = subprocess.run(["bash", "-euc", script], env=ENV | {"root": str(ROOT)},
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip() == threads
 
@@ -393,8 +394,8 @@ def test_threads_follow_a_containers_quota(tmp_path, files, threads):
 @pytest.mark.parametrize("given, turns", [
     ({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, ""), ({"GOMP_SPINCOUNT": "9"}, "9")])
 def test_what_a_user_has_set_of_threads_stays(given, turns):
-    script = f'source "{ROOT}/lib/setup.sh"; echo "${{GOMP_SPINCOUNT:-}} $OMP_NUM_THREADS"'
-    env = {"PATH": os.environ["PATH"], "SAIL_ACTIVE": "1", "OMP_NUM_THREADS": "7"} | given
-    done = subprocess.run(["bash", "-euc", script], env=env, capture_output=True, text=True,
-                          check=True)
+    script = 'source "$root/lib/setup.sh"; echo "${GOMP_SPINCOUNT:-} $OMP_NUM_THREADS"'
+    env = {"PATH": ENV["PATH"], "SAIL_ACTIVE": "1", "OMP_NUM_THREADS": "7", "root": str(ROOT)}
+    done = subprocess.run(["bash", "-euc", script], env=env | given, capture_output=True,
+                          text=True, check=True)
     assert done.stdout == f"{turns} 7\n"

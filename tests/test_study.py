@@ -1,6 +1,7 @@
 """The study: an arm that shares what others made equals one that was run alone, in its results and
 in its ledger; and the tables say what the runs did."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from conftest import ROOT, refused
 from safetensors.torch import load_file
 
+from lib import lend
 from lib.plan.stages import load_stage
 from lib.run import UserError
-from lib.settings import build_parser
+from lib.settings import Settings, build_parser, load
 from lib.sheets import read_pictures
 from lib.study import __main__ as command
 from lib.study import answers, cost, judge, questions, runner, tune
@@ -24,7 +26,7 @@ MINI = tuple("""
     --seed-pairs 8 --holdout-pairs 4 --iter-prompts 2 --candidates 3 --draws 2 --sample-steps 2
     --iter0-steps 2 --iter-steps 2 --batch 4 --micro-batch 4 --eval-count 4 --beta 2000 --lr 1e-4
 """.split())
-ARMS = ["SAIL", "random pair", "no mixup", "seed only", "SAIL, 6 rounds"]
+ARMS = ["SAIL", "random pair", "no mixup", "seed only", "SAIL, 6 rounds", "self-confidence"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -91,6 +93,22 @@ def test_a_ranking_is_shared_whole_or_not_at_all(studied, twins, name):
     arm, shared, _ = twins
     sail = folder_of(studied[0], "SAIL", 0)
     assert (shared / name).samefile(sail / name) == (arm == "no mixup")
+
+
+@pytest.mark.parametrize("other, shared", [("--seed-pairs 6", True), ("--iter-prompts 3", False)])
+def test_the_bases_pictures_are_shared_where_prompts_have_the_same_numbers(
+        studied, tmp_path, other, shared):
+    given = [*runner.settings_of(studied[0], Job("SAIL", 0, MINI)), *other.split()]
+    load([*given, "--run", str(tmp_path)], "", create=True)
+    runner.share(folder_of(studied[0], "SAIL", 0), tmp_path, 3)
+    assert bool(list(tmp_path.glob("eval/images/base-*/*.png"))) == shared
+
+
+def test_human_pairs_without_prompts_for_rounds_serve_no_run_with_rounds():
+    with_rounds = Settings(pairs="mine.csv", prompts="mine.txt", eval_prompts="eval.txt")
+    without = dataclasses.replace(with_rounds, alpha=0.)
+    assert lend.agreeing_steps(with_rounds, without) == []
+    assert lend.HUMAN_PAIRS in lend.agreeing_steps(without, with_rounds)
 
 
 def test_sharing_changes_no_weight(twins):
@@ -198,7 +216,7 @@ def test_a_run_that_ended_early_leaves_its_arm_out_and_is_told():
 def test_the_table_has_a_row_for_each_arm_and_further_model(results):
     table = answers.table_of(results)
     controls = ["Iter0 extrapolated", "Iter0 as guidance"]
-    assert list(table.row) == ["base", "Iter0", *ARMS[:4], *controls, "SAIL, 6 rounds"]
+    assert list(table.row) == ["base", "Iter0", *ARMS[:4], *controls, *ARMS[4:]]
 
 
 def test_the_table_says_what_the_runs_did(studied, results):
@@ -242,7 +260,8 @@ def test_the_points_of_a_figure_lie_within_its_axes(results):
 def test_arms_of_a_figure_stand_at_their_own_settings(results):
     lines = answers.lines_over(results, "alpha")
     at = {method: [point[0] for point in points["utility"]] for method, points in lines.items()}
-    assert at == {"SAIL": [.25, .25], "random pair": [.25], "no mixup": [1.], "seed only": [0.]}
+    assert at == {"SAIL": [.25, .25], "random pair": [.25], "no mixup": [1.], "seed only": [0.],
+                  "self-confidence": [.25]}
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():

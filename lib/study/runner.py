@@ -21,8 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.lend import COMMON_FILES, agree, equal_steps, files_at, lend
+from lib.lend import COMMON_FILES, agree, equal_steps, files_at, lend, number_alike
 from lib.plan.stages import load_stage
+from lib.rivals import spo
 from lib.run import UserError, write_text
 from lib.settings import PRESETS, Settings, build_parser, check, load
 from lib.study.questions import ARMS, COMMON, ROUNDS, TUNED, method_of
@@ -77,8 +78,11 @@ def share(source: Path, target: Path, rounds: int) -> None:
     their config.json.
     """
     mine, theirs = settings_of_run(target), settings_of_run(source)
-    files = files_at(source, COMMON_FILES)
-    for step in equal_steps(source, mine, theirs):
+    steps = equal_steps(source, mine, theirs)
+    files = []
+    if steps or number_alike(mine, theirs):
+        files += files_at(source, COMMON_FILES)
+    for step in steps:
         files += files_at(source, step.files)
 
     # Six rounds go on from three, and human pairs may be more of the same.
@@ -145,6 +149,8 @@ def run_arm(out: Path, job: Job, lenders: Iterable[Path] = ()) -> str:
 
     with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         run_rounds(folder, arm.rounds, s.alpha)
+        if arm.rival == "spo":
+            spo.main(["--run", str(folder), "--rounds", str(ROUNDS)])
         evaluate(folder, job)
 
     # done.json comes last: from then on the run lends to others, and is not touched again.
@@ -193,6 +199,9 @@ def evaluate(folder: Path, job: Job) -> None:
     # The study draws figures of its own; a run's page is made by stage 05 without --scores-only.
     models = models_of(job)
     arguments = ["--run", str(folder), "--scores-only", "--only", ",".join(models)]
+    rival = ARMS[job.arm].rival
+    if rival:
+        arguments += ["--row", f"{rival}={folder}/rivals/{rival}/unet"]
     for row in job.rows:
         arguments += ["--row", row]
     load_stage("05").main(arguments)
