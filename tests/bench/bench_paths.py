@@ -103,21 +103,30 @@ class Bench:
 
 # ---- models and settings ----
 
-def make_pipeline(folder: Path, preset: str, divide: int) -> Architecture:
-    """Save the preset's classes and layout with random weights, its widths divided by `divide`."""
+def make_pipeline(folder: Path, preset: str, divide: int, device: str = "cpu",
+                  dtype: torch.dtype = torch.float32, shallow: bool = False) -> Architecture:
+    """Save the preset's classes and layout with random weights, its widths divided by `divide`.
+
+    The weights are drawn on the device and saved in the dtype. A shallow pipeline has few layers:
+    nothing can be measured with it.
+    """
     torch.manual_seed(0)
-    unet = make_unet(preset, divide)
-    vae = make_vae(preset, divide)
+    with torch.device(device):
+        unet = make_unet(preset, divide, shallow).to(dtype)
+        vae = make_vae(preset, divide).to(dtype)
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "lib/world/base/tokenizer",
                                               model_max_length=CLIP_TOKENS)
     schedule = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
                              clip_sample=False, steps_offset=1)
 
     parts = {"vae": vae, "tokenizer": tokenizer, "unet": unet, "scheduler": schedule}
-    parts["text_encoder"] = CLIPTextModel(text_config(TEXT, divide, tokenizer))
+    with torch.device(device):
+        first = text_config(TEXT, divide, tokenizer, shallow)
+        parts["text_encoder"] = CLIPTextModel(first).to(dtype)
     if preset == "sdxl":
-        second = text_config(TEXT_2, divide, tokenizer)
-        parts["text_encoder_2"] = CLIPTextModelWithProjection(second)
+        second = text_config(TEXT_2, divide, tokenizer, shallow)
+        with torch.device(device):
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(second).to(dtype)
         parts["tokenizer_2"] = tokenizer
     else:
         parts |= {"safety_checker": None, "feature_extractor": None,
@@ -131,7 +140,7 @@ def narrow(widths: tuple[int, ...], divide: int) -> tuple[int, ...]:
     return tuple(max(1, width // divide) for width in widths)
 
 
-def make_unet(preset: str, divide: int) -> UNet2DConditionModel:
+def make_unet(preset: str, divide: int, shallow: bool = False) -> UNet2DConditionModel:
     """The number of heads is divided too, so that a head is about as wide as it is.
 
     In diffusers' config of this class `attention_head_dim` is the number of heads.
@@ -149,7 +158,23 @@ def make_unet(preset: str, divide: int) -> UNet2DConditionModel:
             "attention_head_dim": 8 // divide,
             "cross_attention_dim": 768 // divide,
         }
+    if shallow:
+        config |= shallow_layout(config)
     return UNet2DConditionModel(**config, norm_num_groups=32 // divide)
+
+
+def shallow_layout(config: dict) -> dict:
+    """One block on the way down and one on the way up, of one layer each."""
+    layout = {
+        "layers_per_block": 1,
+        "transformer_layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "block_out_channels": config["block_out_channels"][:1],
+    }
+    if isinstance(config["attention_head_dim"], tuple):
+        layout["attention_head_dim"] = config["attention_head_dim"][:1]
+    return layout
 
 
 def make_vae(preset: str, divide: int) -> AutoencoderKL:
@@ -160,12 +185,13 @@ def make_vae(preset: str, divide: int) -> AutoencoderKL:
     return AutoencoderKL(**SD_VAE | widths, norm_num_groups=32 // divide, scaling_factor=scaling)
 
 
-def text_config(sizes: dict, divide: int, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def text_config(sizes: dict, divide: int, tokenizer: CLIPTokenizer,
+                shallow: bool = False) -> CLIPTextConfig:
     """A text encoder of these sizes, all of them divided but the number of layers."""
     divided = {}
     for name, size in sizes.items():
         divided[name] = size // divide
-    divided["num_hidden_layers"] = sizes["num_hidden_layers"]
+    divided["num_hidden_layers"] = 2 if shallow else sizes["num_hidden_layers"]
     return CLIPTextConfig(
         **divided, vocab_size=len(tokenizer), max_position_embeddings=CLIP_TOKENS,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
@@ -259,7 +285,8 @@ class Training:
         s = bench.s
         self.s, self.device = s, bench.device
         self.stage = load_stage("04")
-        self.pairs = make_pairs(bench.run, s.micro_batch)
+        self.all_pairs = make_pairs(bench.run, s.micro_batch)
+        self.pairs = self.all_pairs
         files = [bench.run / name for name in (*self.pairs.win, *self.pairs.lose)]
         make_pictures(files, s.resolution)
 

@@ -1,0 +1,1 @@
+"""Everything that a GPU is to prove and to measure, as one command: tests/bench/gpu.sh."""
