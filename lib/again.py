@@ -32,6 +32,7 @@ OF_A_ROUND = ("candidates.parquet", "images", "latents", "draws.parquet", "holdo
               "train_log.parquet", "lora", "unet")
 OF_THE_SEED = ("seed", "prompts.parquet", "benchmarks.parquet")
 JUDGE = "judge"                                 # the folds' own models (lib/crossfit.py)
+RIVALS = "rivals"                               # trained on the run's human pairs (lib/rivals/spo.py)
 
 
 # ---- --redo-from ----
@@ -59,7 +60,7 @@ def remove_from(run: Path, first: str) -> list[str]:
     if least <= 0:
         going.append(run / JUDGE)
     if least < 0:
-        going += [run / name for name in OF_THE_SEED]
+        going += [run / name for name in (*OF_THE_SEED, RIVALS)]
 
     for path in going:
         remove(path, run)

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 
 from lib import hub, models
 from lib.run import UserError
-from lib.settings import Settings
+from lib.settings import Settings, of_candidates
 
 # The parts of SD1.x and SDXL. Another class in their place computes something else.
 PARTS = {
@@ -149,7 +149,8 @@ def check_schedule(s: Settings) -> None:
     if prediction_of(config) == "epsilon" and alphas[-1] <= 0:
         raise foreign(s.model, "its scheduler has zero terminal SNR (rescale_betas_zero_snr) with "
                                "prediction_type epsilon")
-    models.load_sampler(s).set_timesteps(s.sample_steps)
+    for used in (s, of_candidates(s)):
+        models.load_sampler(used).set_timesteps(used.sample_steps)
 
 
 def prediction_of(config: dict) -> str:

@@ -358,6 +358,8 @@ def explain_reward(s: Settings, judge: dict) -> Story:
         story.append(_text(
             "In this run each draw is weighed by 1 over the anchor's error at it, so that no t",
             "speaks louder than another."))
+    if s.reward_weights == "root":
+        story.append(_text("In this run each draw compares the roots of the two errors."))
 
     margin = "The difference of their rewards is its margin."
     if has_reference(s):
@@ -372,7 +374,14 @@ def explain_reward(s: Settings, judge: dict) -> Story:
 
 
 def explain_outside_reward(s: Settings) -> Story:
-    """Online DPO, a rival of SAIL: a score ranks instead of the model."""
+    """Another ranking than SAIL's: the model's confidence, or a score from outside (online DPO)."""
+    if s.reward == "self-confidence":
+        return [_text(
+            "In this run the model ranks them by its confidence: noise is added to a picture, and",
+            "the better the model tells that noise, the higher the reward (SOLACE). No human label",
+            "is in it.",
+            _chosen_pair(s),
+            "The difference of their rewards is the pair's margin.")]
     return [_text(
         f"In this run the model does not rank them itself. A score from outside, {s.reward}, is",
         "their reward; this is called online DPO.",

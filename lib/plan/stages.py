@@ -1,8 +1,9 @@
 """The numbered scripts as modules.
 
 An import statement cannot name `03_rank.py`, so this loads it by its path. Only lib/plan and
-lib/study may: they stand above the stages, count what those do and run them. Nothing below a stage
-may reach up to it.
+lib/study may: they stand above the stages, count what those do and run them; and what runs beside
+them and takes their parts, lib/crossfit.py and the rivals that train by a loop of their own
+(lib/rivals/spo.py). Nothing below a stage may reach up to it.
 """
 
 import functools

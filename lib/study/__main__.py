@@ -138,11 +138,11 @@ def main(argv: list[str]) -> None:
         left_out = ended_early(failed, question)
         arms = [arm for arm in question.arms if arm not in left_out]
         seeds = range(question.seeds)
-        if not arms:
+        if not arms or (name == "judge" and "SAIL" in left_out):
             print(f"{question.title}: no answer\n" + "\n".join(left_out.values()))
         elif name == "judge":
-            runs = [folder_of(out, "SAIL", seed) for seed in seeds]
-            judge.answer(out, question.title, runs)
+            runs = {arm: [folder_of(out, arm, seed) for seed in seeds] for arm in arms}
+            judge.answer(out, question.title, runs.pop("SAIL"), runs)
         else:
             results = answers.Results(scores, facts, arms, seeds)
             answers.answer(out, name, question, results, left_out.values())

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lib.eval.table import markdown
 from lib.plan.counts import counts
-from lib.run import atomic, read_table, write_text
+from lib.run import atomic, read_parquet, read_table, write_text
 from lib.study.questions import ARMS, Question, method_of
 from lib.study.runner import Job, folder_of, settings_of_run
 
@@ -79,6 +79,16 @@ def facts_of_run(folder: Path, job: Job) -> list[dict]:
             "accuracy": judge.get("accuracy"),
             "diversity": judge.get("diversity"),
         })
+
+    # A rival's own cost comes to that of the human pairs.
+    rival = ARMS[job.arm].rival
+    if rival:
+        judge = json.loads((folder / "rivals" / rival / "judge.json").read_text())
+        log = read_parquet(folder / "rivals" / rival / "train_log.parquet", "rival " + rival)
+        of_pairs = cost[cost.stage == "01_seed"].unet_forwards.sum()
+        forwards = int(of_pairs + judge["unet_forwards"] + log.unet_forwards.sum())
+        rows.append(rows[-1] | {"model": rival, "forwards": forwards,
+                                "accuracy": judge.get("accuracy"), "diversity": None})
     return rows
 
 
@@ -156,15 +166,19 @@ def rows_of(results: Results) -> list[Row]:
         if model in results.models(first):
             rows.append(Row(model, first, model))
 
-    # The last model is the arm's answer; further rows, the controls say, keep their own names.
+    # The last model is the arm's answer, or the rival that was trained in the run; further rows,
+    # the controls say, keep their own names.
     for arm in results.arms:
+        rival = ARMS[arm].rival
         rounds, others = [], []
         for model in results.models(arm):
             if is_round(model):
                 rounds.append(model)
+            elif model == rival:
+                continue
             else:
                 others.append(Row(model, arm, model))
-        rows.append(Row(arm, arm, rounds[-1]))
+        rows.append(Row(arm, arm, rival or rounds[-1]))
         rows += others
     return rows
 

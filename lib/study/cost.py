@@ -17,8 +17,9 @@ from lib.plan.architecture import architecture_of, count_flops
 from lib.plan.counts import COUNTS, count_evaluation, counts
 from lib.plan.probe import matmul_rate
 from lib.plan.report import arithmetic_of
+from lib.rivals.spo import budget_of
 from lib.settings import Settings
-from lib.study.questions import ARMS
+from lib.study.questions import ARMS, ROUNDS
 from lib.study.runner import Job, is_done, models_of, planned_settings, same_arm, turn_of
 
 # The share of a large matrix product's speed at which the counted arithmetic gets done. With it the
@@ -108,6 +109,12 @@ def stages_left(s: Settings, job: Job, lenders: list[tuple[Job, Settings]]) -> p
         within = row["stage"] != "05_eval" and (k or 0) <= ARMS[job.arm].rounds
         if within and (row["stage"], k) not in made:
             rows.append(row)
+
+    # A rival stops when it has taken what the rounds take.
+    rival = ARMS[job.arm].rival
+    if rival:
+        rows.append({"stage": rival, "unet_forwards": budget_of(s, ROUNDS)})
+        rows.append(count_evaluation(s, 1))
 
     # The arm's own models, and its further rows.
     models = [model for model in models_of(job) if model not in painted]

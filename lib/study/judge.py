@@ -3,7 +3,8 @@
 Two things are measured for several ways to use a reward's draws. How often does the judge prefer
 what people preferred, on held-out pairs? And how far apart in true utility are the best and the
 worst candidate that it picks? The second looks at the oracle, as an evaluation may. The runs are
-finished ones of the arm SAIL, one a run seed; nothing is asked of a model again.
+finished ones of the arm SAIL, one a run seed; nothing is asked of a model again. Other judges,
+whose arms have the same human pairs, Iter0 and first candidates, stand beside it.
 """
 
 import math
@@ -16,14 +17,17 @@ import torch
 from lib.eval.table import markdown
 from lib.plan.stages import load_stage
 from lib.rivals.balanced import balance
+from lib.rivals.root_error import root_reward
+from lib.rivals.self_confidence import NOISES
 from lib.run import CANDIDATE_COLUMNS, DRAW_COLUMNS, read_table, write_text
 from lib.sheets import read_pictures
-from lib.study.answers import interval, new_figure, save_figure
+from lib.study.answers import interval, new_figure, number, save_figure
 from lib.world import people
 
 # Ways to use the draws of a reward.
 ALL, LOW, HIGH, BALANCED = "all (the paper's)", "t below 500", "t above 500", "balanced"
-CHOICES = (ALL, LOW, HIGH, BALANCED)
+ROOT, ROOT_HIGH = "root errors", "root errors, t above 500"
+CHOICES = (ALL, LOW, HIGH, BALANCED, ROOT, ROOT_HIGH)
 
 # Timesteps, of which there are 1000, in tenths.
 TENTHS = range(0, 1000, 100)
@@ -48,9 +52,13 @@ def read_round(run: Path, k: int) -> Round:
     utility = people.score(table.prompt.tolist(), pictures)["utility"]
 
     N = table.candidate.nunique()
+    return Round(*read_judged(folder, N), utility.reshape(-1, N))
+
+
+def read_judged(folder: Path, N: int) -> tuple:
+    """A round's draws on held-out pairs, and on its candidates, N of each prompt."""
     held_out = read_draws(folder / "holdout_draws.parquet", 2)
-    candidates = read_draws(folder / "draws.parquet", N)
-    return Round(held_out, candidates, utility.reshape(-1, N))
+    return held_out, read_draws(folder / "draws.parquet", N)
 
 
 def read_draws(path: Path, N: int) -> tuple:
@@ -72,7 +80,7 @@ def weights_of(choice: str, draws) -> torch.Tensor:
     """The weight of each draw in the mean over draws: (P, D)."""
     if choice == LOW:
         return in_range(draws, 0, 500)
-    if choice == HIGH:
+    if choice in (HIGH, ROOT_HIGH):
         return in_range(draws, 500, 1000)
     if choice == BALANCED:
         return balance(draws.anchor_error).squeeze(1)
@@ -109,13 +117,47 @@ def gap(candidates, weights: torch.Tensor, utility: torch.Tensor) -> float:
     return (utility[prompts, best] - utility[prompts, worst]).mean().item()
 
 
-def measure(judged: Round) -> pd.DataFrame:
-    """One run: for each choice of draws `accuracy` and `gap`; and the gap there is in truth."""
+def by_root(draws):
+    """The same draws, rewarded by the roots of the errors; beta is but a factor."""
+    return draws._replace(reward=root_reward(draws.error, draws.anchor_error, 1.))
+
+
+def forwards_of(draws, weights: torch.Tensor) -> float:
+    """UNet forwards that the draws with a weight take, in the mean over pictures."""
+    forwards = 2                                # model and anchor
+    if draws.anchor_error.isnan().all():
+        forwards = NOISES                       # self-confidence: no anchor, many noises a draw
+    return forwards * (weights > 0).float().sum(1).mean().item()
+
+
+def measure_judge(name: str, held_out, candidates, utility: torch.Tensor) -> dict:
+    """One judge of one run: `forwards` of a candidate, `accuracy` and `gap`.
+
+    It is a choice of draws, or the name of another judge, which has all of its own.
+    """
+    if name in (ROOT, ROOT_HIGH):
+        held_out, candidates = by_root(held_out), by_root(candidates)
+
+    weights = weights_of(name, candidates)
+    return {
+        "draws": name,
+        "forwards": forwards_of(candidates, weights),
+        "accuracy": agreement(held_out, weights_of(name, held_out)),
+        "gap": gap(candidates, weights, utility),
+    }
+
+
+def measure(judged: Round, others: dict[str, Path] | None = None) -> pd.DataFrame:
+    """One run: a line for each choice of draws and other judge; and the gap there is in truth.
+
+    `others` are the rounds' folders of other judges, by name: they have the same pictures.
+    """
     lines = []
     for choice in CHOICES:
-        accuracy = agreement(judged.held_out, weights_of(choice, judged.held_out))
-        apart = gap(judged.candidates, weights_of(choice, judged.candidates), judged.utility)
-        lines.append({"draws": choice, "accuracy": accuracy, "gap": apart})
+        lines.append(measure_judge(choice, judged.held_out, judged.candidates, judged.utility))
+    for name, folder in (others or {}).items():
+        draws = read_judged(folder, judged.utility.shape[1])
+        lines.append(measure_judge(name, *draws, judged.utility))
 
     truth = judged.utility.amax(1) - judged.utility.amin(1)
     lines.append({"draws": "best and worst in truth", "gap": truth.mean().item()})
@@ -139,12 +181,17 @@ def measure_tenths(held_out) -> pd.DataFrame:
 
 # ---- the answer ----
 
-def answer(out: Path, title: str, runs: list[Path], k: int = 1) -> None:
-    """Write judge.md, judge.csv and judge.png of round k's judge, over runs; print the table."""
+def answer(out: Path, title: str, runs: list[Path],
+           others: dict[str, list[Path]] | None = None) -> None:
+    """Write judge.md, judge.csv and judge.png of round 1's judge, over runs; print the table.
+
+    `others` are the runs of other judges by name, run seed by run seed as in `runs`.
+    """
     choices, tenths = [], []
-    for run in runs:
-        judged = read_round(run, k)
-        choices.append(measure(judged).assign(run=run.name))
+    for number, run in enumerate(runs):
+        judged = read_round(run, 1)
+        folders = {name: theirs[number] / "iter1" for name, theirs in (others or {}).items()}
+        choices.append(measure(judged, folders).assign(run=run.name))
         tenths.append(measure_tenths(judged.held_out).assign(run=run.name))
     choices, tenths = pd.concat(choices), pd.concat(tenths)
 
@@ -159,10 +206,12 @@ def readable(table: pd.DataFrame) -> str:
     """The table as people read it, in Markdown: intervals over run seeds."""
     accuracy = table.pivot(index="draws", columns="run", values="accuracy")
     gaps = table.pivot(index="draws", columns="run", values="gap")
+    forwards = table.groupby("draws").forwards.mean()
     rows = []
     for choice in table.draws.unique():
         over = accuracy.loc[choice] - accuracy.loc[ALL]
-        rows.append({"draws of the reward": choice,
+        rows.append({"judge": choice,
+                     "forwards a candidate": number(forwards[choice], "{:.0f}"),
                      "agrees with people": cell(accuracy.loc[choice]),
                      "over the paper's": cell(over),
                      "utility, best over worst": cell(gaps.loc[choice])})

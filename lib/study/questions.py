@@ -20,6 +20,15 @@ PAIRS_32 = "--seed-pairs 32 --iter0-steps 25"
 PAIRS_64 = "--seed-pairs 64 --iter0-steps 50"
 PAIRS_512 = "--seed-pairs 512 --iter0-steps 100"
 
+# A better self-judge: root errors, at high noise.
+ROOT = "--reward-weights root --rank-t-min 500"
+
+# Cheaper candidates. With half the prompts in the three rounds, six rounds still set aside as many
+# in all, so that the human pairs stay the same.
+FIVE_STEPS = "--candidate-sampler dpmsolver --candidate-steps 5"
+THREE_STEPS = "--candidate-sampler dpmsolver --candidate-steps 3"
+HALF_PROMPTS = "--iter-prompts 24,24,24,72,72,72"
+
 # Two models that cost no training: further along Iter0's own update, in the weights and as
 # guidance (lib/rivals/controls.py). They are rows of the arm "seed only", made from its Iter0.
 CONTROLS = ("Iter0 extrapolated=extrapolate:Iter0:2", "Iter0 as guidance=guide:Iter0:1")
@@ -35,6 +44,8 @@ class Arm:
     method: str = ""                # the arm that this one varies: it takes its tuned settings,
                                     # and is drawn on its line; empty: it is a method of its own
     rows: tuple[str, ...] = ()      # further rows of its evaluation
+    rival: str = ""                 # a rival that is trained in the run, with the prompts of ROUNDS
+                                    # rounds and their forwards: it is then the arm's answer
     every_round: bool = False       # evaluates the model of every round, not of the last alone
     keeps_candidates: bool = False  # keeps pictures and latents of its candidates
 
@@ -47,6 +58,8 @@ ARMS = {
     "seed only, equal exposure": Arm("--alpha 0 --iter-steps 30", method="seed only"),
     "DiffusionDPO": Arm(FULL_DATA, rounds=0),
     "MaPO": Arm(f"{FULL_DATA} --loss mapo", rounds=0),
+    "SPO": Arm(rounds=0, method="SAIL", rival="spo"),
+    "SPO, 2048": Arm(FULL_DATA, rounds=0, method="DiffusionDPO", rival="spo"),
     "online DPO": Arm("--reward world"),
     "online DPO, aesthetics": Arm("--reward world-aesthetics", method="online DPO"),
     "SAIL*": Arm("--start {out}/DiffusionDPO-{seed}/iter0/unet"),
@@ -64,6 +77,22 @@ ARMS = {
     "t above 500": Arm("--rank-t-min 500"),
     "balanced": Arm("--reward-weights balanced"),
     "anchor Iter0": Arm("--anchor iter0"),
+
+    # Other self-judges: SOLACE's, and roots of the errors.
+    "self-confidence": Arm("--reward self-confidence"),
+    "root, t above 500": Arm(ROOT),
+
+    # The better of these with less computing.
+    "root, 4 draws": Arm(f"{ROOT} --draws 4"),
+    "root, 2 draws": Arm(f"{ROOT} --draws 2"),
+    "root, N = 4": Arm(f"{ROOT} --candidates 4"),
+    "root, 5 steps": Arm(f"{ROOT} {FIVE_STEPS}"),
+    "root, 3 steps": Arm(f"{ROOT} {THREE_STEPS}"),
+    "root, half the prompts": Arm(f"{ROOT} {HALF_PROMPTS}"),
+    "root, 5 steps, 4 draws": Arm(f"{ROOT} {FIVE_STEPS} --draws 4"),
+    "root, 5 steps, 2 draws, N = 4": Arm(f"{ROOT} {FIVE_STEPS} --draws 2 --candidates 4"),
+    "root, 5 steps, 2 draws, N = 4, half": Arm(
+        f"{ROOT} {FIVE_STEPS} --draws 2 --candidates 4 {HALF_PROMPTS}"),
 
     # The share of self-made pairs, with three judges.
     "SAIL, alpha 0.5": Arm("--alpha 0.5", method="SAIL"),
@@ -116,12 +145,17 @@ class Question:
 
 QUESTIONS = {
     "rivals": Question("The rows of the paper's table", seeds=5, arms=(
-        "SAIL", "seed only", "seed only, equal exposure", "DiffusionDPO", "MaPO", "online DPO",
-        "online DPO, aesthetics", "SAIL*")),
+        "SAIL", "seed only", "seed only, equal exposure", "DiffusionDPO", "MaPO", "SPO",
+        "SPO, 2048", "online DPO", "online DPO, aesthetics", "SAIL*")),
     "pairs": Question("Which pair, and the mixup", seeds=5, arms=(
         "SAIL", "random pair", "no mixup", "SAIL, alpha 0.5")),
     "better": Question("Better than the paper's ranking", seeds=5, arms=(
-        "SAIL", "random pair", "balanced", "t above 500")),
+        "SAIL", "random pair", "balanced", "t above 500", "root, t above 500",
+        "self-confidence", "online DPO")),
+    "cheap": Question("What SAIL's gain must cost", seeds=5, arms=(
+        "SAIL", "root, t above 500", "root, 4 draws", "root, 2 draws", "root, N = 4",
+        "root, 5 steps", "root, 3 steps", "root, half the prompts", "root, 5 steps, 4 draws",
+        "root, 5 steps, 2 draws, N = 4", "root, 5 steps, 2 draws, N = 4, half", "seed only")),
     "reward": Question("The reward's settings", seeds=3, arms=(
         "SAIL", "1 draw", "4 draws", "30 draws", "N = 4", "N = 16", "t below 500", "t above 500",
         "anchor Iter0")),
@@ -138,7 +172,7 @@ QUESTIONS = {
     "rounds": Question("Six rounds", seeds=3, arms=(
         "SAIL, 6 rounds", "seed only, 6 rounds", "no mixup, 6 rounds"), over="rounds"),
     "judge": Question("What the judge of round 1 knows (lib/study/judge.py)", seeds=3, arms=(
-        "SAIL",)),
+        "SAIL", "self-confidence")),
 }
 
 
