@@ -41,10 +41,10 @@ from lib import kinds, models
 from lib.data import few, prompts
 from lib.data.folders import agreement_beside
 from lib.data.pairs import stream_pairs
-from lib.data.pictures import decode
+from lib.data.pictures import is_kept_as_it_came, write_square
 from lib.run import (Ledger, UserError, bar, begin, generator, inside, is_main, is_whole,
-                     open_image, read_parquet, run_stage, save_image, seed_of, shown, wait,
-                     write_json, write_table)
+                     open_image, read_parquet, run_stage, seed_of, shown, wait, write_json,
+                     write_table)
 from lib.sampler import paint
 from lib.settings import (PRESETS, Settings, amend, in_world, load, needs_prompts, read_config,
                           round_prompts)
@@ -168,7 +168,7 @@ def take_pairs(
         for pair in stream_pairs(s.pairs, s.seed, skipped, evaluation):
             refuse_foreign(s, pair["prompt"])
             prompt = prompts.fold(pair["prompt"])
-            row = row_of_pair(pair)
+            row = row_of_pair(s, pair)
             if len(training) < s.seed_pairs:
                 training.append(row)
                 trained_on.add(prompt)
@@ -181,7 +181,8 @@ def take_pairs(
             # Without loss: what a JPEG does to a picture, candidates never meet.
             for side in ("win", "lose"):
                 path = run / row[side]
-                writing.append(pool.submit(write_square, pair[side], path, s.resolution))
+                if not is_whole(path):
+                    writing.append(pool.submit(write_square, pair[side], path, s.resolution))
 
             # Few pictures wait in memory, and an error of a writing thread is raised here.
             while len(writing) > WRITING:
@@ -209,20 +210,24 @@ def refuse_foreign(s: Settings, prompt: str) -> None:
                         f"prompts this run has; give --prompts and --eval-prompts of your own, too")
 
 
-def row_of_pair(pair: dict) -> dict:
+def row_of_pair(s: Settings, pair: dict) -> dict:
     name = f"seed/images/{pair['pair_id']}"
     return {
         "pair_id": pair["pair_id"],
         "prompt": pair["prompt"],
-        "win": f"{name}_w.png",
-        "lose": f"{name}_l.png",
+        "win": f"{name}_w{ending_of_picture(s, pair['win'])}",
+        "lose": f"{name}_l{ending_of_picture(s, pair['lose'])}",
         "source": "human",
     }
 
 
-def write_square(encoded: bytes | Path, path: Path, resolution: int) -> None:
-    if not is_whole(path):
-        save_image(decode(encoded, resolution), path)
+def ending_of_picture(s: Settings, encoded: bytes | Path) -> str:
+    """How a human picture is kept: by its name's ending, always without loss."""
+    if s.keep == "all":
+        return ".png"
+    if is_kept_as_it_came(encoded, s.resolution):
+        return ".jpg"
+    return ".webp"
 
 
 def outside_pairs(

@@ -2,14 +2,16 @@
 
 reads   prompts.parquet (split iterK), the model of round K-1 (iter(K-1)/unet/)
 writes  iterK/candidates.parquet   prompt_id, prompt, candidate, seed, image
-        iterK/images/, iterK/latents/
+        iterK/latents/, with --keep all also iterK/images/
 
     x_0^(1..N) ~ p_theta(. | y),   theta = the current model, y from a set of prompts that no
                                    earlier round has seen
 
-The sampler's own latents are kept, so that stages 03 and 04 need no VAE (mirror images aside). A
-candidate's noise depends on (run seed, round, prompt_id, candidate) alone: the picture is the same,
-up to rounding, whatever the batch size, the number of processes or the point of resume.
+The sampler's own latents are kept, so that stages 03 and 04 need no VAE (mirror images aside). With
+--keep pairs nothing is decoded here: a candidate is its latent, and stage 03 makes pictures of
+those that it chooses. A candidate's noise depends on (run seed, round, prompt_id, candidate) alone:
+the picture is the same, up to rounding, whatever the batch size, the number of processes or the
+point of resume.
 
     python 02_generate.py --run runs/tiny --iter 1
 """
@@ -21,19 +23,32 @@ from pathlib import Path
 import pandas as pd
 
 from lib import models
-from lib.run import (Ledger, begin, is_main, is_whole, read_prompts, run_stage, seed_of, wait,
-                     write_table)
+from lib.run import (CANDIDATE_COLUMNS, Ledger, begin, is_main, is_whole, read_prompts, read_table,
+                     run_stage, seed_of, wait, write_table)
 from lib.sampler import lacking, paint
-from lib.settings import ITER, Settings, load
+from lib.settings import ITER, Settings, load, of_candidates
 
 
-def candidate_jobs(s: Settings, k: int, prompts: pd.DataFrame) -> pd.DataFrame:
+def ending_of_pictures(s: Settings, table: Path) -> str:
+    """`.png` where the pictures are kept, `.jpg` where a candidate is its latent."""
+    keeps_all = s.keep == "all"
+
+    # A round that has been drawn keeps what it kept then, whatever --keep has become.
+    if is_whole(table):
+        images = read_table(table, CANDIDATE_COLUMNS, "02_generate.py").image
+        keeps_all = not str(images[0]).endswith(".jpg")
+    if keeps_all:
+        return ".png"
+    return ".jpg"
+
+
+def candidate_jobs(s: Settings, k: int, prompts: pd.DataFrame, ending: str) -> pd.DataFrame:
     """One row per candidate: what to draw, from which random seed, and where it goes."""
     jobs = []
     for row in prompts.itertuples():
         for candidate in range(s.candidates):
             seed = seed_of(s.seed, "candidate", k, int(row.prompt_id), candidate)
-            image = f"iter{k}/images/{row.prompt_id:06d}_{candidate:02d}.png"
+            image = f"iter{k}/images/{row.prompt_id:06d}_{candidate:02d}{ending}"
             jobs.append({
                 "prompt_id": row.prompt_id,
                 "prompt": row.prompt,
@@ -51,7 +66,7 @@ def main(argv: list[str]) -> None:
 
     # read
     prompts = read_prompts(s.run, f"iter{k}")
-    jobs = candidate_jobs(s, k, prompts)
+    jobs = candidate_jobs(s, k, prompts, ending_of_pictures(s, table))
 
     # A picture that was lost or damaged since is drawn again.
     is_done = is_whole(table) and not lacking(s, jobs, models.latent_shape(s))
@@ -65,7 +80,7 @@ def main(argv: list[str]) -> None:
 
     # compute: the pictures and their latents are files of their own
     with Ledger(s.run, "02_generate", k, str(models.device_of(s))) as ledger:
-        paint(s, k - 1, jobs, ledger, f"iter{k} candidates", keep_latents=True)
+        paint(of_candidates(s), k - 1, jobs, ledger, f"iter{k} candidates", keep_latents=True)
 
     # write
     if is_main():

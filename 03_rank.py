@@ -7,6 +7,7 @@ writes  iterK/draws.parquet     prompt_id, candidate, draw, t, error, anchor_err
         iterK/pairs.parquet     pair_id, prompt, win, lose, source, margin, prompt_id
         iterK/holdout_draws.parquet   pair_id, side, draw, t, error, anchor_error, reward
         iterK/judge.json, iterK/preview.png
+        iterK/images/           with --keep pairs: those of pairs, and of the first prompts
 
 The implicit reward (the paper's equations 6 to 9) is what Diffusion-DPO trains, read backwards: the
 denoising error that the current model theta saves against the anchor (the paper's ref),
@@ -27,6 +28,7 @@ self-judge agrees with people: its accuracy on held-out human pairs, and what th
 
 import lib.program  # noqa: F401, I001  first: Ctrl-C is answered from here on
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,12 +42,16 @@ from lib.finite import refuse_unfinite_rewards
 from lib.intervals import wilson
 from lib.judge import agreement_of_people, verdict
 from lib.models import BASE
-from lib.ranking import (crossfit_rewards, judge_name, known_anchor_errors, latents_differ,
+from lib.ranking import (SHOWN, crossfit_rewards, judge_name, known_anchor_errors, latents_differ,
                          read_candidates, refuse_no_pairs)
+from lib.rivals import self_confidence
 from lib.rivals.balanced import balance
 from lib.rivals.random_pair import random_pair
-from lib.run import (Ledger, bar, begin, gathered, generator, is_main, is_whole, my_share,
-                     open_image, read_pairs, run_stage, wait, write_json, write_table)
+from lib.rivals.root_error import root_reward
+from lib.run import (PAIR_COLUMNS, Ledger, bar, begin, gathered, generator, is_main, is_whole,
+                     my_share, open_image, read_pairs, read_table, run_stage, wait, write_json,
+                     write_table)
+from lib.sampler import keep_pictures
 from lib.settings import ITER, Settings, load
 from lib.sheets import pair_sheet
 
@@ -163,8 +169,12 @@ def measure_errors(
     comparisons: list[Comparison],
     ledger: Ledger,
     title: str,
+    draw: Callable = reward_draws,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The draws' timesteps (P, D) and the models' errors (M, P, N, D) of P comparisons."""
+    """The draws' timesteps (P, D) and the models' errors (M, P, N, D) of P comparisons.
+
+    `draw` gives the draws of a comparison, as reward_draws does.
+    """
     schedule = models.load_schedule(s)
     encoder = models.PromptEncoder(s)
     if is_main():
@@ -177,7 +187,7 @@ def measure_errors(
     batches = [comparisons[i:i + per_batch] for i in range(0, len(comparisons), per_batch)]
     measured = []
     for number, batch in bar(my_share(list(enumerate(batches))), title, "batch"):
-        t, errors = errors_of_batch(s, unets, schedule, encoder, batch)
+        t, errors = errors_of_batch(s, unets, schedule, encoder, batch, draw)
         measured.append((number, t, errors))
         ledger.unet_forwards += errors.numel()
 
@@ -199,12 +209,13 @@ def errors_of_batch(
     schedule,
     encoder: models.PromptEncoder,
     batch: list[Comparison],
+    draw: Callable,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch's timesteps (P, D), on the CPU, and errors (M, P, N, D), on the device."""
     latents, timesteps, noises = [], [], []
     for comparison in batch:
         x_0, _ = models.stack_latents(comparison.images)                        # (N, C, h, w)
-        t, noise = reward_draws(s, comparison.key, x_0.shape[1:])
+        t, noise = draw(s, comparison.key, x_0.shape[1:])
         latents.append(x_0)
         timesteps.append(t)
         noises.append(noise)
@@ -232,9 +243,11 @@ def rewards_of(
     """Equation 8, draw by draw."""
     reward = implicit_reward(error, anchor_error, s.beta)
 
-    # Balanced draws, an ablation: lib/rivals/balanced.py.
+    # Balanced draws, and root errors, ablations: lib/rivals/balanced.py, root_error.py.
     if s.reward_weights == "balanced":
         reward = balance(anchor_error) * reward
+    if s.reward_weights == "root":
+        reward = root_reward(error, anchor_error, s.beta)
     return Draws(t, error, anchor_error, reward)
 
 
@@ -289,6 +302,26 @@ def rank_from_outside(
     return outside_draws(rewards), outside_draws(holdout_draws)
 
 
+def rank_by_confidence(
+    s: Settings,
+    k: int,
+    comparisons: list[Comparison],
+    holdout: list[Comparison],
+    ledger: Ledger,
+) -> tuple[Draws, Draws | None]:
+    """The door for a rival's self-judge, which asks no anchor: lib/rivals/self_confidence.py."""
+    model = models.load_unet(s, k - 1)
+
+    def judge(asked: list[Comparison], title: str) -> Draws:
+        t, errors = measure_errors(s, [model], asked, ledger, title, self_confidence.probes)
+        return Draws(*self_confidence.draws_of(s, t, errors[0]))
+
+    draws = judge(comparisons, f"iter{k} confidence")
+    if not holdout:
+        return draws, None
+    return draws, judge(holdout, f"iter{k} held-out pairs")
+
+
 def outside_draws(reward: torch.Tensor) -> Draws:
     """A reward (P, N, 1) from outside is one "draw" without a timestep and without errors."""
     P = len(reward)
@@ -341,6 +374,15 @@ def diversity(comparisons: list[Comparison]) -> float:
         latents, _ = models.stack_latents(comparison.images)
         spread.append(latents.var(0, unbiased=True).mean())
     return torch.stack(spread).mean().sqrt().item()
+
+
+def pictures_to_keep(candidates: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    """The pictures that people may look at: the pairs', and all of the first pairs' prompts.
+
+    The story of the run shows the candidates of its first pair (lib/eval/walk.py).
+    """
+    shown = candidates.prompt_id.isin(pairs.prompt_id[:SHOWN])
+    return [*candidates.image[shown], *pairs.win, *pairs.lose]
 
 
 # ---- the stage: read, compute, write ----
@@ -473,6 +515,9 @@ def main(argv: list[str]) -> None:
     k = stage.iter
     folder = Path(s.run) / f"iter{k}"
     if is_whole(folder / "pairs.parquet"):
+        # Pictures of pairs that were lost since are decoded again.
+        pairs = read_table(folder / "pairs.parquet", PAIR_COLUMNS, f"03_rank.py --iter {k}")
+        keep_pictures(s, [*pairs.win, *pairs.lose])
         print(f"03 rank: {folder}/pairs.parquet is there, nothing to do")
         return
 
@@ -487,6 +532,8 @@ def main(argv: list[str]) -> None:
         # compute
         if s.reward == "implicit":
             draws, holdout_draws = rank_by_itself(s, k, comparisons, holdout, ledger)
+        elif s.reward == "self-confidence":
+            draws, holdout_draws = rank_by_confidence(s, k, comparisons, holdout, ledger)
         else:
             draws, holdout_draws = rank_from_outside(s, comparisons, holdout)
         refuse_unfinite_rewards(s, k, comparisons, draws.reward)
@@ -494,6 +541,7 @@ def main(argv: list[str]) -> None:
             refuse_unfinite_rewards(s, k, holdout, holdout_draws.reward)
         pairs = choose_pairs(s, k, candidates, draws)
         refuse_no_pairs(s, k, pairs)
+        keep_pictures(s, pictures_to_keep(candidates, pairs))
 
         # write
         if is_main():
@@ -520,7 +568,7 @@ def write_results(
 
     # On the preview, above each pair: what the two rewards were.
     reward = dict(zip(candidates.image, draws.reward.mean(2).flatten().tolist()))
-    shown = pairs.head(24)
+    shown = pairs.head(SHOWN)
     notes = [f"reward {reward[pair.win]:.2f} : {reward[pair.lose]:.2f}, margin {pair.margin:.2f}"
              for pair in shown.itertuples()]
     pair_sheet(s.run, shown, folder / "preview.png", ("winner", "loser"), notes)

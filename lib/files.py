@@ -125,8 +125,8 @@ def save_tensors(tensors: dict, path: Path) -> None:
 def is_whole(path: Path) -> bool:
     """Whether a file is there and complete, as far as its format's own marks tell.
 
-    Looked at are a safetensors file's header and length, the end of a PNG, and both ends of a
-    Parquet file; of any other format only that it is not empty.
+    Looked at are a safetensors file's header and length, the end of a PNG, the length that a WebP
+    tells, and both ends of a Parquet file; of any other format only that it is not empty.
     """
     path = Path(path)
     try:
@@ -142,6 +142,8 @@ def is_whole(path: Path) -> bool:
 
     if path.suffix == ".png":
         return start == b"\x89PNG\r\n\x1a\n" and end == b"\0\0\0\0IEND\xaeB`\x82"
+    if path.suffix == ".webp":
+        return start.startswith(b"RIFF") and int.from_bytes(start[4:], "little") + 8 == size
     if path.suffix == ".parquet":
         return start.startswith(b"PAR1") and end.endswith(b"PAR1") and size > 12
     return size > 0

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file
 
+from lib import packs
 from lib.models import PromptEncoder
 from lib.run import UserError, latent_path, shown
 from lib.settings import Settings
@@ -27,7 +27,7 @@ def refuse_unfinite_rewards(s: Settings, k: int, comparisons: list, rewards: tor
         return
     comparison = comparisons[finite.int().argmin()]
     folder, prompt = comparison.images[0].parent, shown(comparison.prompt)
-    if s.reward != "implicit":
+    if s.reward not in ("implicit", "self-confidence"):
         raise UserError(f"{folder}: {s.reward} gives a picture of prompt {prompt} a reward that is "
                         f"not finite; choose another --reward, in another --run")
 
@@ -61,16 +61,16 @@ def refuse_unfinite_files(s: Settings, latents: list[Path], prompts: list[str],
     numbers which are not finite; `remedy` is that of a latent."""
     for path in dict.fromkeys(latents):
         if not is_finite(path):
-            raise UserError(f"{path}: a latent that is not finite; {remedy}")
+            raise UserError(f"{packs.file_of(path)}: a latent that is not finite; {remedy}")
 
     encoder = PromptEncoder(s)
     for prompt in dict.fromkeys(prompts):
         path = encoder.path(prompt)
         if not is_finite(path):
-            raise UserError(f"{path}: the embedding of the prompt {shown(prompt)} is not finite; "
-                            f"{AGAIN}")
+            raise UserError(f"{packs.file_of(path)}: the embedding of the prompt {shown(prompt)} "
+                            f"is not finite; {AGAIN}")
 
 
 def is_finite(path: Path) -> bool:
     """Whether all numbers of a safetensors file are finite."""
-    return all(tensor.isfinite().all() for tensor in load_file(path).values())
+    return all(tensor.isfinite().all() for tensor in packs.load(path).values())

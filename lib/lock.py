@@ -26,7 +26,8 @@ DRIVERS_DESCRIPTOR = 7
 _open = {}
 
 # Where this project writes in a run folder, as patterns.
-FOLDERS = ("code", "embeds", "seed", "seed/*", "iter*", "iter*/*", "judge/*", "judge/*/*",
+FOLDERS = ("code", "embeds", "embeds/*", "seed", "seed/*", "seed/*/*", "iter*", "iter*/*",
+           "iter*/latents/*", "judge/*", "judge/*/*",
            "eval", "eval/*", "eval/images/*", "eval/scores/*", "eval/scores/*/*")
 
 # Tables that say that a stage is done. (Of stage 04 it is the folder iter*/unet.)

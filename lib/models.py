@@ -21,10 +21,10 @@ from diffusers import (AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMul
                        UNet2DConditionModel)
 from diffusers.utils import logging as diffusers_logging
 
-from lib import hub
+from lib import hub, packs
 from lib.hub import local_or_hub
-from lib.run import (UserError, bar, is_whole, is_whole_model, latent_path, load_latent, my_share,
-                     save_latent, save_tensors, wait)
+from lib.run import (UserError, bar, is_from_latent, is_whole_model, latent_path, load_latent,
+                     my_share, save_latent, save_latents, save_tensors, wait)
 from lib.settings import Settings
 
 BASE = -1
@@ -40,6 +40,7 @@ SAMPLERS = {
 }
 
 VAE_PIXELS = 2 ** 21             # per call of the VAE, 8 pictures of 512 x 512: bounds its memory
+WORLD_PIXELS = 32 ** 2           # of a picture of the embedded world
 ENCODE_BATCH = 16                # pictures that `ensure_latents` encodes together
 PROMPT_BATCH = 64                # prompts that are encoded together
 
@@ -333,19 +334,41 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, H, W) in 0..1, float32 on the CPU, of latents (B, C, h, w) in the UNet's
     units. UserError: they are not finite."""
     pixels = latents[0, 0].numel() * pixels_per_latent(vae.config) ** 2
-    at_once = max(1, VAE_PIXELS // pixels)
+    at_once = decoded_at_once(pixels)
 
     # Back from the UNet's units to the VAE's.
     shift, scale = latent_units(vae)
     latents = latents / scale + shift
     parts = []
     for part in latents.split(at_once):
-        parts.append(vae.decode(part.to(vae.dtype)).sample)
+        part = part.to(vae.dtype).contiguous()
+        parts.append(vae.decode(part).sample)
 
     # From -1..1, which the VAE may overshoot a little, to 0..1.
     pictures = torch.cat(parts).float().cpu()
     refuse_not_finite(pictures, f"pictures by the VAE {name_of(vae)}", vae.dtype)
     return (pictures / 2 + .5).clamp(0, 1)
+
+
+def decoded_at_once(pixels: int) -> int:
+    """How many pictures of so many pixels each the VAE decodes in one call.
+
+    Alone in its call a picture has the same bits today and when it is decoded again beside others.
+    The embedded world's small pictures, which are all kept, go together: that is much faster.
+    """
+    if pixels <= WORLD_PIXELS:
+        return VAE_PIXELS // pixels
+    return 1
+
+
+def decode_kept(vae: AutoencoderKL, images: list[Path]) -> list:
+    """PIL images of pictures that are made from their latents (run.is_from_latent).
+
+    They have the pixels that a PNG of the sampler's own picture would have.
+    """
+    from torchvision.transforms.functional import to_pil_image
+    latents, _ = stack_latents(images)
+    return [to_pil_image(picture) for picture in decode(vae, latents.to(vae.device))]
 
 
 def latent_units(vae: AutoencoderKL) -> tuple:
@@ -415,6 +438,8 @@ def ensure_latents(images: list[Path], s: Settings, open_picture, mirrored: bool
         if here:
             batches.append(batch)
             lacking += here
+    if not mirrored:
+        refuse_lost_candidates(lacking)
     tell_damaged([latent_path(image, mirrored) for image in lacking])
 
     def open_by_path(image: Path):
@@ -425,20 +450,24 @@ def ensure_latents(images: list[Path], s: Settings, open_picture, mirrored: bool
     wait()
 
 
+def refuse_lost_candidates(lacking: list[Path]) -> None:
+    """UserError if one of the pictures without a latent is to be made from that very latent."""
+    for image in lacking:
+        if is_from_latent(image):
+            k = image.parent.parent.name.removeprefix("iter")
+            raise UserError(f"{latent_path(image)}: is missing or damaged, and the picture was not "
+                            f"kept; run 02_generate.py --iter {k} again, which draws it again")
+
+
 def lacking_latents(images: list[Path], mirrored: bool, shape: tuple[int, ...]) -> list[Path]:
     """The pictures that have no latent file, or none that is whole and has this shape."""
     return [image for image in images if not has_latent(image, mirrored, shape)]
 
 
 def has_latent(image: Path, mirrored: bool, shape: tuple[int, ...]) -> bool:
-    """Whether a picture has a whole latent file, with a mean of this shape (C, h, w)."""
-    from safetensors import safe_open
-
-    path = latent_path(image, mirrored)
-    if not is_whole(path):
-        return False
-    with safe_open(path, framework="pt") as tensors:
-        return "mean" in tensors.keys() and tuple(tensors.get_slice("mean").get_shape()) == shape
+    """Whether a picture has a whole latent, with a mean of this shape (C, h, w)."""
+    shapes = packs.shapes(latent_path(image, mirrored))
+    return shapes is not None and shapes.get("mean") == shape
 
 
 def tell_damaged(files: list[Path]) -> None:
@@ -466,18 +495,28 @@ def encode_batches(batches: list[list[Path]], s: Settings, open_picture, mirrore
     """
     vae = load_vae(s)
     with ThreadPoolExecutor(8) as readers:
-        coming = [readers.submit(open_picture, image) for image in batches[0]]
+        def begin_to_open(batch: list[Path]) -> dict:
+            files = [image for image in batch if not is_from_latent(image)]
+            return {image: readers.submit(open_picture, image) for image in files}
+
+        coming = begin_to_open(batches[0])
         for n, batch in enumerate(bar(batches, "latents", "batch")):
-            pictures = as_batch([future.result() for future in coming])
+            opened = {image: future.result() for image, future in coming.items()}
 
             # The next batch is read while this one is encoded.
             if n + 1 < len(batches):
-                coming = [readers.submit(open_picture, image) for image in batches[n + 1]]
+                coming = begin_to_open(batches[n + 1])
+
+            # Candidates whose pictures were not kept.
+            rest = [image for image in batch if image not in opened]
+            if rest:
+                opened |= zip(rest, decode_kept(vae, rest))
+            pictures = as_batch([opened[image] for image in batch])
 
             if mirrored:
                 pictures = pictures.flip(-1)
             posterior = encode(vae, pictures)
-            keep_posterior(posterior, batch, mirrored)
+            keep_posterior(s, posterior, batch, mirrored)
 
 
 def as_batch(pictures: list) -> torch.Tensor:
@@ -487,15 +526,22 @@ def as_batch(pictures: list) -> torch.Tensor:
     return torch.stack(tensors).float() / 255
 
 
-def keep_posterior(posterior: dict[str, torch.Tensor], images: list[Path], mirrored: bool) -> None:
-    """Write the latent files that are lacking; row i of the posterior is that of picture i."""
+def keep_posterior(s: Settings, posterior: dict[str, torch.Tensor], images: list[Path],
+                   mirrored: bool) -> None:
+    """Write the latents that are lacking; row i of the posterior is that of picture i."""
     # The batch was encoded whole, but a file that exists stays as it is.
     lacking = lacking_latents(images, mirrored, posterior["mean"].shape[1:])
+    latents = []
     for i, image in enumerate(images):
-        if image not in lacking:
-            continue
-        latent = {name: rows[i].cpu() for name, rows in posterior.items()}
-        save_latent(latent, image, mirrored)
+        if image in lacking:
+            latents.append({name: rows[i].cpu() for name, rows in posterior.items()})
+
+    # Few large files, or one for each.
+    if s.keep == "pairs":
+        save_latents(latents, lacking, mirrored)
+    else:
+        for image, latent in zip(lacking, latents):
+            save_latent(latent, image, mirrored)
 
 
 def stack_latents(images: list[Path],
@@ -545,8 +591,7 @@ class PromptEncoder:
 
     def read_file(self, prompt: str) -> dict[str, torch.Tensor]:
         """A prompt's embedding as `encode` made it."""
-        from safetensors.torch import load_file
-        return load_file(self.path(prompt))
+        return packs.load(self.path(prompt))
 
     def prepare(self, prompts: list[str]) -> "PromptEncoder":
         """Encode what is missing of these prompts, in batches fixed by the list.
@@ -559,14 +604,14 @@ class PromptEncoder:
         batches = []
         for start in range(0, len(prompts), PROMPT_BATCH):
             batch = prompts[start:start + PROMPT_BATCH]
-            if not all(is_whole(self.path(prompt)) for prompt in batch):
+            if not all(packs.is_there(self.path(prompt)) for prompt in batch):
                 batches.append(batch)
         if not batches:
             return self
 
         keep_inside(self.s, [self.path("")])
         lacking = [self.path(prompt) for batch in batches for prompt in batch]
-        tell_damaged([path for path in lacking if not is_whole(path)])
+        tell_damaged([path for path in lacking if not packs.is_there(path)])
 
         encoders = self.load_encoders()
         for batch in batches:
@@ -580,9 +625,17 @@ class PromptEncoder:
     def keep(self, prompts: list[str], conditions: list[dict[str, torch.Tensor]]) -> None:
         """Write the embeddings that have no file yet."""
         # A file that is whole stays as it is: what a run has used does not change.
+        lacking = {}
         for prompt, condition in zip(prompts, conditions):
             path = self.path(prompt)
-            if not is_whole(path):
+            if not packs.is_there(path):
+                lacking[path] = condition
+
+        # Few large files, or one for each.
+        if self.s.keep == "pairs":
+            packs.save_pack(lacking)
+        else:
+            for path, condition in lacking.items():
                 save_tensors(condition, path)
 
     def load_encoders(self) -> list[tuple]:

@@ -14,6 +14,9 @@ from lib.judge import CROSSFIT
 from lib.run import UserError, inside, is_whole, read_table, refuse_other_kinds
 from lib.settings import Settings
 
+# Pairs on a round's preview. Of their prompts all candidates' pictures are kept.
+SHOWN = 24
+
 
 # ---- candidates ----
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lib import packs
 from lib.code import fingerprint
 from lib.files import (atomic, atomic_folder, is_whole, is_whole_model, save_tensors,  # noqa: F401
                        settle, write_json, write_text)
@@ -92,6 +93,7 @@ def wait() -> None:
     """Go on when all processes have come to this line, and the disk has their files."""
     settle()
     process_state().wait_for_everyone()
+    packs.look_again()
 
 
 def my_share(items):
@@ -222,6 +224,25 @@ def generator(*key):
 
 # ---- pictures and their latents: images/<name>.png beside latents/<name>.safetensors ----
 
+# How a picture is written, by the ending of its name. WebP without loss is a third smaller than PNG
+# and faster written and read (bench_files.py in tests/bench); JPEG is only for looking at.
+WRITTEN_AS = {
+    ".png": {"format": "PNG", "compress_level": 1},
+    ".webp": {"format": "WEBP", "lossless": True, "quality": 0, "method": 0},
+    ".jpg": {"format": "JPEG", "quality": 95},
+}
+
+
+def is_from_latent(image: Path) -> bool:
+    """Whether a picture is its latent: a candidate of a round with --keep pairs, iterK/*/*.jpg.
+
+    Wherever its pixels count they are decoded from the latent, always the same ones. The file of
+    its name is for people alone, and is there only for pictures that they look at.
+    """
+    image = Path(image)
+    return image.suffix == ".jpg" and image.parent.parent.name.startswith("iter")
+
+
 def latent_path(image: Path, mirrored: bool = False) -> Path:
     """Where a picture's latent lies; the mirrored picture has a latent of its own."""
     image = Path(image)
@@ -237,16 +258,21 @@ def save_latent(tensors: dict, image: Path, mirrored: bool = False) -> None:
     save_tensors(tensors, latent_path(image, mirrored))
 
 
+def save_latents(tensors: list[dict], images: list[Path], mirrored: bool = False) -> None:
+    """Keep the latents of a batch in one file, or one for each folder (lib/packs.py)."""
+    paths = [latent_path(image, mirrored) for image in images]
+    packs.save_pack(dict(zip(paths, tensors)))
+
+
 def load_latent(image: Path, mirrored: bool = False) -> dict:
-    """A picture's latent as `save_latent` kept it."""
-    from safetensors.torch import load_file
-    return load_file(latent_path(image, mirrored))
+    """A picture's latent as `save_latent` or `save_latents` kept it."""
+    return packs.load(latent_path(image, mirrored))
 
 
 def save_image(picture, path: Path) -> None:
-    """Write a PIL image as PNG."""
+    """Write a PIL image in the format of its name's ending."""
     with atomic(path) as temporary:
-        picture.save(temporary, format="PNG", compress_level=1)
+        picture.save(temporary, **WRITTEN_AS[Path(path).suffix])
 
 
 def read_picture(path: Path, mode: str):
@@ -280,6 +306,11 @@ def open_made(path: Path, mode: str = "RGB"):
     except Exception as error:
         # A stage that is finished looks at its pictures again only where its table is missing.
         folder = Path(path).parent.parent
+        if is_from_latent(path):
+            raise UserError(
+                f"{path}: cannot read the image ({error}); where only pictures of pairs are kept, "
+                f"03_rank.py makes them from their latents; --keep all keeps every one"
+            ) from None
         table = folder / ("pairs.parquet" if folder.name == "seed" else "candidates.parquet")
         both = f"it and {table}" if table.exists() else "it"
         raise UserError(
@@ -493,7 +524,7 @@ def read_pairs(run: Path, relative: str, made_by: str) -> pd.DataFrame:
             image = inside(run, name, path, row)
 
             # The picture or its latent: a lacking latent is made from the picture.
-            if not image.exists() and not latent_path(image).exists():
+            if not image.exists() and not packs.is_there(latent_path(image)):
                 raise UserError(
                     f"{path}, row {row}: image {name} does not exist in {run}; "
                     f"restore it or drop the row"

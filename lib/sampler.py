@@ -4,7 +4,8 @@ The textbook's sampler is lib/diffusion.py. Here it works through a table of pic
 that do not depend on what a stopped run has drawn already.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -12,9 +13,11 @@ import torch
 
 from lib import models
 from lib.diffusion import sample
-from lib.run import (Ledger, bar, is_main, is_whole, latent_path, my_share, save_image,
-                     save_latent, wait)
+from lib.run import (Ledger, bar, is_from_latent, is_main, is_whole, latent_path, my_share,
+                     save_image, save_latent, save_latents, wait)
 from lib.settings import Settings
+
+DECODE_BATCH = 16                # pictures that `keep_pictures` has in memory at once
 
 
 def start_noise(seeds: list[int], shape: tuple[int, ...],
@@ -38,7 +41,8 @@ def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str,
 
     They are drawn by model k of the run, or by `unet` where it is given. Batches are fixed by the
     table's order, and one with any picture missing or damaged is drawn again whole: a resumed run
-    makes the same bits.
+    makes the same bits. Of pictures that are their latents (run.is_from_latent) only these are
+    made.
     """
     pictures = [Path(s.run) / image for image in jobs.image]
     models.keep_inside(s, pictures)
@@ -72,9 +76,14 @@ def paint(s: Settings, k: int, jobs: pd.DataFrame, ledger: Ledger, title: str,
 
 def lacking(s: Settings, jobs: pd.DataFrame, shape: tuple[int, ...] | None) -> list[Path]:
     """The pictures of `jobs` that are not there whole; also their latents, if these have a shape.
+
+    Of a picture that is its latent only that is asked for.
     """
     pictures = [Path(s.run) / image for image in jobs.image]
-    files = [picture for picture in pictures if not is_whole(picture)]
+    files = []
+    for picture in pictures:
+        if not is_from_latent(picture) and not is_whole(picture):
+            files.append(picture)
     if shape:
         without = models.lacking_latents(pictures, False, shape)
         files += [latent_path(picture) for picture in without]
@@ -87,9 +96,13 @@ def paint_batches(s: Settings, unet, encoder: models.PromptEncoder, batches: lis
     run = Path(s.run)
     device = models.device_of(s)
     scheduler = models.load_sampler(s)
-    vae = models.load_vae(s)
     empty = encoder.unconditional()
     shape = models.latent_shape(s)
+
+    # The pictures of one table are all kept, or all are their latents.
+    vae = None
+    if not is_from_latent(run / batches[0].image.iloc[0]):
+        vae = models.load_vae(s)
 
     # What a picture costs: guidance doubles the UNet's forwards.
     forwards = s.sample_steps
@@ -107,18 +120,20 @@ def paint_batches(s: Settings, unet, encoder: models.PromptEncoder, batches: lis
                              s.sample_steps, s.cfg_scale, generators)
             models.refuse_not_finite(
                 latents, f"{title}: latents drawn at --cfg-scale {s.cfg_scale}", models.dtype_of(s))
-            pictures = models.decode(vae, latents)
+            pictures = None
+            if vae is not None:
+                pictures = models.decode(vae, latents)
 
             # An error of a writing thread is raised here, one batch later.
             for future in writing:
                 future.result()
 
             # Pictures that only the evaluation looks at need no latent.
-            writing = []
-            for picture, latent, image in zip(pictures, latents.cpu(), batch.image):
-                if not keep_latents:
-                    latent = None
-                writing.append(writers.submit(write_picture, picture, latent, run / image))
+            kept = None
+            if keep_latents:
+                kept = latents.cpu()
+            paths = [run / image for image in batch.image]
+            writing = write_batch(writers, paths, pictures, kept)
 
             # What has been drawn, for the ledger and for the bar.
             ledger.images += len(batch)
@@ -130,6 +145,23 @@ def paint_batches(s: Settings, unet, encoder: models.PromptEncoder, batches: lis
             future.result()
 
 
+def write_batch(writers: ThreadPoolExecutor, paths: list[Path], pictures: torch.Tensor | None,
+                latents: torch.Tensor | None) -> list[Future]:
+    """Let threads write a batch's pictures and latents; of pictures that are their latents
+    (`pictures` is None) these alone, in one file."""
+    if pictures is None:
+        rows = [{"mean": latent} for latent in latents]
+        return [writers.submit(save_latents, rows, paths)]
+
+    writing = []
+    for i, path in enumerate(paths):
+        latent = None
+        if latents is not None:
+            latent = latents[i]
+        writing.append(writers.submit(write_picture, pictures[i], latent, path))
+    return writing
+
+
 def write_picture(picture: torch.Tensor, latent: torch.Tensor | None, path: Path) -> None:
     """Write a picture (3, H, W) in 0..1, and its latent (C, h, w) where it is to be kept.
 
@@ -139,3 +171,28 @@ def write_picture(picture: torch.Tensor, latent: torch.Tensor | None, path: Path
     if latent is not None:
         save_latent({"mean": latent}, path)
     save_image(to_pil_image(picture), path)
+
+
+def keep_pictures(s: Settings, images: Iterable[str]) -> None:
+    """Decode and write those of the pictures (paths in the run folder) that are their latents and
+    have no file yet. The processes take turns."""
+    lacking = []
+    for image in dict.fromkeys(images):
+        path = Path(s.run) / image
+        if is_from_latent(path) and not is_whole(path):
+            lacking.append(path)
+    models.keep_inside(s, lacking)
+    without_latent = models.lacking_latents(lacking, False, models.latent_shape(s))
+    models.refuse_lost_candidates(without_latent)
+
+    # No process writes before all of them have looked.
+    wait()
+    starts = my_share(range(0, len(lacking), DECODE_BATCH))
+    if starts:
+        vae = models.load_vae(s)
+        with ThreadPoolExecutor(4) as writers:
+            for start in bar(starts, "pictures of pairs", "batch"):
+                batch = lacking[start:start + DECODE_BATCH]
+                pictures = models.decode_kept(vae, batch)
+                list(writers.map(save_image, pictures, batch))
+    wait()

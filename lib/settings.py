@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The learned scores of stage 05, and what can rank candidates.
 SCORES = ("pickscore", "hpsv2", "hpsv2.1", "imagereward", "aesthetics")
-REWARDS = ("implicit", "world", "world-aesthetics", *SCORES)
+REWARDS = ("implicit", "self-confidence", "world", "world-aesthetics", *SCORES)
+SAMPLERS = ("ddim", "ddpm", "dpmsolver")
 
 
 def setting(help: str, tiny, sd15=None, sdxl=None, paper: str = "", free: bool = False,
@@ -81,6 +82,11 @@ class Settings:
     resolution: int = setting(
         "pixels per side",
         32, 512, 1024, paper="SD1.5 512, SDXL 1024")
+    keep: str = setting(
+        "what stays on the disk: all pictures, as PNG; or human ones without loss, and of the "
+        "candidates those of pairs and of a round's first prompts, as JPEG to look at (latents of "
+        "all stay, many to a file, and what is trained is the same)",
+        "all", "pairs", free=True, choices=("all", "pairs"))
 
     # ---- 01: human pairs and prompts ----
     # Held-out pairs are not in the paper.
@@ -117,13 +123,21 @@ class Settings:
     sampler: str = setting(
         "sampler of candidates and evaluation",
         "ddim", "ddpm", "ddim", paper="SD1.5 ddpm, SDXL ddim",
-        choices=("ddim", "ddpm", "dpmsolver"))
+        choices=SAMPLERS)
     sample_steps: int = setting(
         "sampler steps",
         10, 50, 20, paper="SD1.5 50, SDXL 20")
     cfg_scale: float = setting(
         "classifier-free guidance scale; 1 or less is off",
         2., 7.5, 5., paper="SD1.5 7.5, SDXL 5")
+
+    # Cheaper candidates, not in the paper: human pairs and evaluation stay what they are.
+    candidate_sampler: str = setting(
+        "another sampler for the candidates alone; empty means that of sampler",
+        "", choices=("", *SAMPLERS))
+    candidate_steps: int = setting(
+        "sampler steps of the candidates alone; 0 means sample_steps",
+        0)
 
     # ---- 03: ranking ----
     draws: int = setting(
@@ -198,8 +212,8 @@ class Settings:
         "loss of all rounds; mapo (needs no reference) is a rival row of the table",
         "dpo", paper="dpo", choices=("dpo", "mapo"))
     reward: str = setting(
-        "who ranks: implicit (the model itself), or for online DPO a reward from outside: the "
-        "world's, or a score of stage 05",
+        "who ranks: implicit (the model itself), self-confidence (the model itself, by SOLACE's "
+        "reward), or for online DPO a reward from outside: the world's, or a score of stage 05",
         "implicit", paper="implicit; online DPO: aesthetics", choices=REWARDS)
     select: str = setting(
         "how a prompt's pair is chosen",
@@ -215,8 +229,8 @@ class Settings:
         1000, paper="1000")
     reward_weights: str = setting(
         "weight of a draw: plain, or balanced (over the anchor's own error at that draw, so "
-        "that no timestep drowns the others)",
-        "plain", paper="plain", choices=("plain", "balanced"))
+        "that no timestep drowns the others), or root (the difference of the errors' roots)",
+        "plain", paper="plain", choices=("plain", "balanced", "root"))
 
     # ---- the machine ----
     device: str = setting(
@@ -287,7 +301,7 @@ OF_STAGE_01 = ("seed", "embeds", "benchmarks.parquet")
 # What those leavings depend on: with another value of these, stage 01 makes them again.
 BEHIND_STAGE_01 = ("seed", "iters", "model", "vae", "resolution", "pairs", "prompts",
                    "eval_prompts", "seed_pairs", "holdout_pairs", "iter_prompts", "label_noise",
-                   "sampler", "sample_steps", "cfg_scale", "dtype")
+                   "sampler", "sample_steps", "cfg_scale", "dtype", "keep")
 
 # Arguments of single stages, which the driver does not take.
 OF_STAGES = {
@@ -328,6 +342,13 @@ def micro_batch_of(s: Settings, processes: int) -> int:
         )
     of_process = s.batch // processes
     return max(size for size in range(1, s.micro_batch + 1) if of_process % size == 0)
+
+
+def of_candidates(s: Settings) -> Settings:
+    """The settings by which stage 02 samples its candidates."""
+    sampler = s.candidate_sampler or s.sampler
+    steps = s.candidate_steps or s.sample_steps
+    return dataclasses.replace(s, sampler=sampler, sample_steps=steps)
 
 
 def round_prompts(s: Settings, k: int) -> int:
@@ -459,6 +480,7 @@ BOUNDS = {
     # All schedules have 1000 timesteps, and the samplers count them from 1.
     "sample_steps": (1, 999),
     "cfg_scale": (0, 1000),
+    "candidate_steps": (0, 999),
     "draws": (1, 10_000),
     "beta": (0, 10 ** 9),
     "alpha": (0, 1),

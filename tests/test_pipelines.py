@@ -18,9 +18,9 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lib import models
+from lib import models, packs
 from lib.data.few import fit_to_few_pairs
-from lib.run import UserError, latent_path
+from lib.run import UserError, latent_path, load_latent
 from lib.sampler import start_noise
 from lib.settings import PRESETS, Settings
 
@@ -149,7 +149,7 @@ def test_a_pipeline_goes_through_all_stages(case, table, rows):
 
 def test_human_pictures_are_squares_with_a_posterior(case):
     image = case.run / pd.read_parquet(case.run / "seed/pairs.parquet").win[0]
-    latent = load_file(latent_path(image))
+    latent = load_latent(image)
     assert Image.open(image).size == (64, 64)
     assert latent["mean"].shape == (4, 8, 8)
     assert latent["std"].min() > 0
@@ -191,7 +191,7 @@ def test_plain_diffusers_draws_the_same_candidate(case):
     """From Iter0, be it a folder of a UNet or an adapter."""
     s = settings_of(case.run)
     candidate = pd.read_parquet(case.run / "iter1/candidates.parquet").iloc[1]
-    ours = load_file(latent_path(case.run / candidate.image))["mean"]
+    ours = load_latent(case.run / candidate.image)["mean"]
     pipe = type(case.pipe).from_pretrained(s.model)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = models.SAMPLERS[s.sampler].from_config(pipe.scheduler.config)
@@ -215,11 +215,11 @@ def test_plain_diffusers_draws_the_same_candidate(case):
 def test_damaged_candidates_are_drawn_again_with_the_same_bits(case, tmp_path, capsys):
     run = shutil.copytree(case.run, tmp_path / "run")
     images = [run / image for image in pd.read_parquet(run / "iter1/candidates.parquet").image]
-    whole = [path.read_bytes() for path in (images[0], latent_path(images[3]))]
-    images[0].write_bytes(b"")
-    latent_path(images[3]).write_bytes(whole[1][:-1])
+    pack = packs.file_of(latent_path(images[0]))
+    whole = pack.read_bytes()
+    pack.write_bytes(whole[:-1])
     assert call("02", run, "--iter", "1") is None
-    assert [path.read_bytes() for path in (images[0], latent_path(images[3]))] == whole
+    assert pack.read_bytes() == whole
     assert "damaged, and made again" in capsys.readouterr().out
 
     assert call("02", run, "--iter", "1") is None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import MINI, call, same_tensors, weights_of
 
-from lib import files
+from lib import files, packs
 
 
 class PowerCut(BaseException):
@@ -95,32 +95,48 @@ CUTS = (9, 100, 5, 26, 9)
 STAGES = (("01", *MINI), ("04", "--iter", "0"), ("02", "--iter", "1"), ("03", "--iter", "1"),
           ("04", "--iter", "1"))
 
+# With --keep pairs: in stage 02, whose latents are one file, before and after that; and in 03.
+CUTS_OF_A_ROUND = (1, 2, 3, 6, 9)
 
-def test_a_power_cut_loses_nothing_that_cannot_be_made_again(mini, tmp_path):
-    """Cut again and again, and begun again by the driver's tidying up and the same stages."""
+
+def cut_again_and_again(run: Path, stages: tuple, cuts: tuple, *more: str) -> tuple[int, int]:
+    """Begun again after each cut by the driver's tidying up and the same stages; returns how often
+    the power failed, and how much was lost."""
     from lib.lock import tidy
-    run = tmp_path / "mini"
-    run.mkdir()
-
-    lost, cuts = 0, 0
-    for renames in (*CUTS, 10 ** 9):
+    lost, failures = 0, 0
+    for renames in (*cuts, 10 ** 9):
         files._unsettled.clear()
+        packs.look_again()
         tidy(run)
         with pytest.MonkeyPatch.context() as monkeypatch:
             disk = Disk(run, renames, monkeypatch)
             try:
-                for stage, *arguments in STAGES:
+                for stage, *arguments in stages:
                     if stage == "01" and (run / "prompts.parquet").exists():
                         continue
-                    assert call(stage, run, *arguments) is None
+                    assert call(stage, run, *arguments, *more) is None
             except PowerCut:
-                cuts += 1
+                failures += 1
                 monkeypatch.undo()
                 lost += disk.lose()
+    return failures, lost
 
-    assert (cuts, lost > 10) == (len(CUTS), True)
+
+def test_a_power_cut_loses_nothing_that_cannot_be_made_again(mini, tmp_path):
+    run = tmp_path / "mini"
+    run.mkdir()
+    failures, lost = cut_again_and_again(run, STAGES, CUTS)
+    assert (failures, lost > 10) == (len(CUTS), True)
     for k in (0, 1):
         assert same_tensors(weights_of(mini, k), weights_of(run, k))
+
+
+def test_nor_does_it_where_candidates_are_their_latents(mini, tmp_path):
+    run = shutil.copytree(mini, tmp_path / "mini", ignore=shutil.ignore_patterns("iter[12]"))
+    failures, lost = cut_again_and_again(run, STAGES[2:], CUTS_OF_A_ROUND, "--keep", "pairs")
+    assert (failures, lost > 3) == (len(CUTS_OF_A_ROUND), True)
+    assert same_tensors(weights_of(mini, 1), weights_of(run, 1))
+    assert not list(run.glob("iter1/images/*.png"))
 
 
 def test_a_table_is_on_the_disk_after_what_it_names(tmp_path):

@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from lib import lora, models, training
+from lib import lora, models, packs, training
 from lib.diffusion import denoising_error
 from lib.lock import tidy
 from lib.models import BASE
@@ -286,12 +286,13 @@ def test_a_human_picture_is_encoded_once_as_it_is_and_mirrored(seeded, train):
     expected = set()
     for image in (*pairs.win, *pairs.lose):
         expected |= {f"{Path(image).stem}.safetensors", f"{Path(image).stem}.flip.safetensors"}
-    written = {path.name: path.stat().st_mtime_ns for path in (run / "seed/latents").iterdir()}
-    assert set(written) == expected
+    files = (run / "seed/latents/packs").iterdir
+    written = {path: path.stat().st_mtime_ns for path in files()}
+    keys = [key for path in written for key in load_file(path)]
+    assert {key.split("/")[0] for key in keys} == expected
 
     train.training_pairs(s, 0)
-    again = {path.name: path.stat().st_mtime_ns for path in (run / "seed/latents").iterdir()}
-    assert again == written
+    assert {path: path.stat().st_mtime_ns for path in files()} == written
 
 
 def test_a_pair_is_mirrored_together(seeded, train, monkeypatch):
@@ -836,11 +837,14 @@ def test_weights_that_are_not_finite_are_not_saved(train):
         train.watch_result(values, [weights], 1, 4, Settings())
 
 
-def spoil(path: Path) -> None:
-    """Let a file of tensors hold one number that is none."""
-    tensors = load_file(path)
-    next(iter(tensors.values())).view(-1)[3] = float("inf")
-    save_file(tensors, path)
+def spoil(path: Path) -> Path:
+    """Let a file of tensors, which lies in a pack, hold one number that is none; the pack."""
+    pack = packs.file_of(path)
+    tensors = load_file(pack)
+    of_file = [tensor for key, tensor in tensors.items() if key.startswith(path.name)]
+    of_file[0].view(-1)[3] = float("inf")
+    save_file(tensors, pack)
+    return pack
 
 
 @pytest.mark.parametrize("of, changes, word", [
@@ -853,12 +857,12 @@ def test_what_makes_a_loss_not_finite_is_named_and_made_again(new_run, train, of
     s = new_run(**changes)
     pairs, _ = train.training_pairs(s, 0)
     path = of(s, pairs.iloc[2])
-    spoil(path)
+    pack = spoil(path)
     message = call("04", Path(s.run), "--iter", "0")
-    refused(message, str(path), word, "not finite", "delete it")
+    refused(message, str(pack), word, "not finite", "delete it")
     assert "--lr" not in message
 
-    path.unlink()
+    pack.unlink()
     assert call("04", Path(s.run), "--iter", "0") is None
 
 

@@ -10,9 +10,9 @@ import io
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from lib.run import PICTURE_FORMATS
+from lib.run import PICTURE_FORMATS, atomic, save_image
 
 Encoded = bytes | Path                      # an encoded picture: its bytes, or the file with them
 
@@ -76,6 +76,30 @@ def decode(encoded: Encoded, resolution: int) -> Image.Image:
     # Resized from this box alone, the picture is sampled once and needs no crop after it.
     size = (resolution, resolution)
     return picture.resize(size, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+
+
+def is_kept_as_it_came(encoded: Encoded, resolution: int) -> bool:
+    """Whether a picture is a JPEG that `decode` would leave as it is: its own bytes are the
+    smallest file without loss."""
+    content = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
+    if not content.endswith(b"\xff\xd9"):
+        return False
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1)
+            return (picture.mode, picture.size, turned) == ("RGB", (resolution, resolution), 1)
+    except (OSError, ValueError):
+        return False
+
+
+def write_square(encoded: Encoded, path: Path, resolution: int) -> None:
+    """Write the picture that `decode` gives, as its path's ending says: `.jpg` are its own bytes
+    (`is_kept_as_it_came`), all others are written without loss."""
+    if path.suffix != ".jpg":
+        save_image(decode(encoded, resolution), path)
+        return
+    with atomic(path) as temporary:
+        temporary.write_bytes(encoded if isinstance(encoded, bytes) else encoded.read_bytes())
 
 
 def middle(side: int, short_side: int, resolution: int) -> tuple[float, float]:

@@ -10,7 +10,9 @@ import pandas as pd
 from lib import crossfit
 from lib.data import prompts
 from lib.plan.stages import load_stage
-from lib.settings import Settings, round_prompts
+from lib.ranking import SHOWN
+from lib.rivals.self_confidence import PROBES
+from lib.settings import Settings, of_candidates, round_prompts
 
 COUNTS = ["images", "unet_forwards", "optimizer_steps", "encodes", "decodes"]
 
@@ -58,12 +60,29 @@ def count_seed(s: Settings) -> dict:
 def count_candidates(s: Settings, k: int) -> dict:
     """Stage 02 of round K."""
     images = round_prompts(s, k) * s.candidates
-    return {"stage": "02_generate", "iter": k, **count_painting(s, images)}
+    row = {"stage": "02_generate", "iter": k, **count_painting(of_candidates(s), images)}
+
+    # Where only pictures of pairs are kept, none is decoded yet.
+    if s.keep == "pairs":
+        row["decodes"] = 0
+    return row
+
+
+def kept_pictures(s: Settings, k: int) -> int:
+    """The pictures that round K leaves: all candidates', or those that stage 03 makes."""
+    prompts = round_prompts(s, k)
+    if s.keep == "all":
+        return prompts * s.candidates
+    shown = min(prompts, SHOWN)
+    return shown * s.candidates + (prompts - shown) * 2
 
 
 def count_ranking(s: Settings, k: int) -> dict:
     """Stage 03 of round K: model and anchor see every draw of every picture."""
-    row = {"stage": "03_rank", "iter": k}
+    row = {"stage": "03_rank", "iter": k, "decodes": decodes_of_ranking(s, k)}
+    if s.reward == "self-confidence":
+        pictures = round_prompts(s, k) * s.candidates + 2 * s.holdout_pairs
+        return row | {"unet_forwards": pictures * PROBES}
     if s.reward != "implicit":
         return row
 
@@ -79,6 +98,16 @@ def count_ranking(s: Settings, k: int) -> dict:
     return row
 
 
+def decodes_of_ranking(s: Settings, k: int) -> int:
+    """Pictures that stage 03 of round K makes of their latents; a score looks at all of them."""
+    if s.keep == "all":
+        return 0
+    looked_at = 0
+    if s.reward not in ("implicit", "self-confidence"):
+        looked_at = round_prompts(s, k) * s.candidates
+    return looked_at + kept_pictures(s, k)
+
+
 def count_training(s: Settings, k: int, self_pairs: int, new_human: int) -> dict:
     """Stage 04 of round K, with its self-made pairs, and human ones that no earlier training saw.
 
@@ -90,6 +119,8 @@ def count_training(s: Settings, k: int, self_pairs: int, new_human: int) -> dict
     row["unet_forwards"] = forwards_of_training(s, steps) + forwards_of_training(s, LAST_LOOK)
     if s.flip:
         row["encodes"] = 2 * (self_pairs + new_human)
+    if s.flip and s.keep == "pairs":
+        row["decodes"] = 2 * self_pairs
     return row
 
 

@@ -10,14 +10,19 @@ from pathlib import Path
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
 
-from lib import models
+from lib import models, packs
 from lib.plan.architecture import Architecture, architecture_of, is_at_hand, without_weights
-from lib.plan.counts import counts, eval_prompts
+from lib.plan.counts import counts, eval_prompts, kept_pictures
 from lib.plan.memory import count_weights
 from lib.settings import Settings, round_prompts
 
-# Bytes per pixel of a picture as run.save_image writes it; bytes of a safetensors file's header.
+# Bytes per pixel of a picture as run.save_image writes it: photographs take .7 to 1.7 as PNG, .5 to
+# 1.2 as WebP and .2 to .4 as JPEG, grainy ones up to 2.3, 2.1 and .7 (tests/bench/bench_files.py).
 PNG = 2.0
+WEBP = 1.3
+JPEG = .45
+
+# Bytes of a safetensors file's header.
 HEADER = 150
 
 # Pick-a-Pic's training shards: 330 GB for 0.8 million pairs without ties (lib/data/README.md).
@@ -37,31 +42,62 @@ SCORE_WEIGHTS = {
 # ---- what a stage leaves behind ----
 
 def disk_of(s: Settings, architecture: Architecture, parameters: int, row: dict) -> int:
-    """Bytes that a stage leaves behind: pictures, latents, prompt embeddings, a UNet in float32."""
+    """Bytes that a stage leaves behind."""
+    return int(sum(parts_of_stage(s, architecture, parameters, row).values()))
+
+
+def parts_of_stage(s: Settings, architecture: Architecture, parameters: int,
+                   row: dict) -> dict[str, float]:
+    """What a stage leaves behind, in bytes: pictures, latents, prompt embeddings, models."""
     stage = row["stage"]
-    from_outside = stage == "01_seed" and s.pairs != "world"
-    size = row["images"] * s.resolution ** 2 * PNG
+    parts = pictures_of_stage(s, row)
 
     # Of an encoded picture the mean and the std of its posterior are kept.
     side = s.resolution // architecture.factor
     values = architecture.vae["latent_channels"] * side ** 2
     itemsize = models.dtype_of(s).itemsize
-    size += row["encodes"] * (2 * itemsize * values + HEADER)
+    parts["latents"] = row["encodes"] * (2 * itemsize * values + HEADER)
 
     # Of a painted one the sampler's own latent, in float32; the evaluation keeps none.
-    keeps_latents = stage == "02_generate" or (stage == "01_seed" and not from_outside)
-    if keeps_latents:
-        size += row["images"] * (4 * values + HEADER)
+    is_painted = stage == "02_generate" or (stage == "01_seed" and s.pairs == "world")
+    if is_painted:
+        parts["latents"] += row["images"] * (4 * values + HEADER)
 
     if stage == "01_seed":
-        size += count_prompts(s) * itemsize * values_of_prompt(architecture)
+        parts["embeddings"] = count_prompts(s) * itemsize * values_of_prompt(architecture)
     if stage == "04_train_dpo":
-        size += 4 * parameters
+        parts["models"] = 4 * parameters
 
     # An Iter0 that was given is copied into the run.
     if stage == "04_train_dpo" and s.start and row["iter"] == 1:
-        size += 4 * parameters
-    return int(size)
+        parts["models"] *= 2
+    return parts
+
+
+def pictures_of_stage(s: Settings, row: dict) -> dict[str, float]:
+    """Bytes of the pictures that a stage leaves behind, and whose they are."""
+    stage, pixels = row["stage"], s.resolution ** 2
+    if stage == "01_seed":
+        of_pixel = WEBP if s.keep == "pairs" and s.pairs != "world" else PNG
+        return {"pictures of human pairs": row["images"] * pixels * of_pixel}
+    if stage == "05_eval":
+        return {"pictures of the evaluation": row["images"] * pixels * PNG}
+
+    # Those of pairs alone are made when a round has chosen them.
+    if stage == "02_generate" and s.keep == "all":
+        return {"pictures of candidates": row["images"] * pixels * PNG}
+    if stage == "03_rank" and s.keep == "pairs":
+        return {"pictures of candidates": kept_pictures(s, row["iter"]) * pixels * JPEG}
+    return {}
+
+
+def parts_of_run(s: Settings, architecture: Architecture, parameters: int) -> dict[str, float]:
+    """What a whole run takes, part by part, in bytes; checkpoints while a model trains."""
+    parts = {}
+    for row in counts(s).to_dict("records"):
+        for name, size in parts_of_stage(s, architecture, parameters, row).items():
+            parts[name] = parts.get(name, 0) + size
+    return parts | {"checkpoints": checkpoint_bytes(s, parameters)}
 
 
 def count_prompts(s: Settings) -> int:
@@ -121,9 +157,9 @@ def share_done(s: Settings, row: dict) -> float:
     """How much of a stage's files is there, from 0 to 1."""
     run = Path(s.run)
     k = row["iter"]
-    last, pictures = {
+    last, folder = {
         "01_seed": ("prompts.parquet", "seed/images"),
-        "02_generate": (f"iter{k}/candidates.parquet", f"iter{k}/images"),
+        "02_generate": (f"iter{k}/candidates.parquet", f"iter{k}/latents"),
         "crossfit": ("iter1/pairs.parquet", ""),
         "03_rank": (f"iter{k}/pairs.parquet", ""),
         "04_train_dpo": (f"iter{k}/unet", ""),
@@ -132,17 +168,23 @@ def share_done(s: Settings, row: dict) -> float:
 
     if last and (run / last).exists():
         return 1.
-    if not pictures or not row["images"]:
+    if not folder or not row["images"]:
         return 0.
-    return min(1., count_pictures(run / pictures) / row["images"])
+    return min(1., count_files(run / folder) / row["images"])
 
 
-def count_pictures(folder: Path) -> int:
-    """The pictures in a folder and in the folders in it."""
-    names = []
-    for _, _, files in os.walk(folder):
-        names += [name for name in files if name.endswith((".png", ".jpg"))]
-    return len(names)
+def count_files(folder: Path) -> int:
+    """The pictures, or the latents, in a folder and in the folders in it."""
+    count = 0
+    for inner, _, files in os.walk(folder):
+        for name in files:
+            if not name.endswith((".png", ".jpg", ".webp", ".safetensors")):
+                continue
+            if Path(inner).name == packs.FOLDER:
+                count += packs.count_in(name)
+            else:
+                count += 1
+    return count
 
 
 def free_disk(s: Settings) -> tuple[int, Path]:

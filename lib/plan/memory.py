@@ -119,7 +119,7 @@ class Memory:
         sampling = batch * self.of_forward
 
         # The VAE takes so many at once; the batch's pictures come together in float32.
-        at_once = min(s.sample_batch, max(1, models.VAE_PIXELS // s.resolution ** 2))
+        at_once = min(s.sample_batch, models.decoded_at_once(s.resolution ** 2))
         pictures = s.sample_batch * 3 * s.resolution ** 2
         decoding = at_once * self.of_decoding + (self.dtype.itemsize + FULL) * pictures
         weights = self.unet_weights + self.vae_weights

@@ -107,9 +107,10 @@ class Probe:
 
         # The batches of stages 01 and 02, cut as lib/models.py cuts them.
         batch = models.ENCODE_BATCH
+        at_once = max(1, models.VAE_PIXELS // self.s.resolution ** 2)
         if what == "decode":
             batch = self.s.sample_batch
-        at_once = max(1, models.VAE_PIXELS // self.s.resolution ** 2)
+            at_once = models.decoded_at_once(self.s.resolution ** 2)
         self.time_call(what, what, min(batch, at_once), make)
 
     def time_forwards(self) -> torch.nn.Module | None:

@@ -5,13 +5,15 @@ A `row` here is a dict of lib/plan/counts.py's table: the stage, its round and w
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 
 from lib.plan.architecture import architecture_of, pair_arithmetic
 from lib.plan.cards import Card, Estimate
 from lib.plan.counts import counts, forwards_of_training
-from lib.plan.disk import bytes_needed, checkpoint_bytes, disk_of, downloads, free_disk
+from lib.plan.disk import (bytes_needed, checkpoint_bytes, disk_of, downloads, free_disk,
+                           parts_of_run)
 from lib.plan.memory import FITS, Memory, smaller
 from lib.plan.pilot import WATCH, command_of, pilot_of, targets
 from lib.plan.probe import Probe
@@ -108,7 +110,8 @@ def print_report(s: Settings, table: pd.DataFrame, speed: Probe | Estimate, memo
           "embeddings, downloads, files, starting Python")
 
     for line in (*describe_memory(s, speed, memory), describe_disk(s, speed.parameters),
-                 describe_downloads(s, speed), *describe_pilot(s, speed, processes, argv)):
+                 *describe_parts(s, speed), describe_downloads(s, speed),
+                 *describe_pilot(s, speed, processes, argv)):
         print(line)
 
 
@@ -152,6 +155,18 @@ def describe_disk(s: Settings, parameters: int) -> str:
     verdict = "enough" if needed < free else "NOT enough; give another disk's folder with --run"
     return (f"disk: {in_gb(needed)} still to be written, {in_gb(checkpoint_bytes(s, parameters))} "
             f"of it a training's checkpoints; {folder} has {in_gb(free)} free: {verdict}")
+
+
+def describe_parts(s: Settings, speed: Probe | Estimate) -> list[str]:
+    """What takes the disk, part by part, and what it would be with every picture kept."""
+    parts = parts_of_run(s, speed.architecture, speed.parameters)
+    lines = [f"the run's disk, --keep {s.keep}:"]
+    lines += [f"  {name:<26} {in_gb(size):>8}" for name, size in parts.items()]
+    total = f"  {'in all':<26} {in_gb(sum(parts.values())):>8}"
+    if s.keep != "all":
+        everything = parts_of_run(replace(s, keep="all"), speed.architecture, speed.parameters)
+        total += f" (with --keep all {in_gb(sum(everything.values()))})"
+    return [*lines, total]
 
 
 def describe_downloads(s: Settings, speed: Probe | Estimate) -> str:

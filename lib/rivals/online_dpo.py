@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from lib import models
 from lib.eval.scores import load_score
-from lib.run import bar, gathered, my_share, open_made
+from lib.run import bar, gathered, is_from_latent, my_share, open_made
 from lib.settings import Settings
 
 BATCH = 64                                               # pictures in memory at once
@@ -53,11 +54,16 @@ def score(s: Settings, prompts: list[str], images: list[Path]) -> torch.Tensor:
         scorer = load_score(s, s.reward)
         column = s.reward
 
+    # Candidates whose pictures were not kept are decoded.
+    vae = None
+    if any(is_from_latent(image) for image in images):
+        vae = models.load_vae(s)
+
     starts = my_share(range(0, len(images), BATCH))
     batches = []
     for start in bar(starts, f"{s.reward} ranks", "batch"):
         end = start + BATCH
-        pictures = [open_made(image) for image in images[start:end]]
+        pictures = pictures_of(vae, images[start:end])
         columns = scorer(prompts[start:end], pictures)
         batches.append((start, columns[column]))
 
@@ -66,3 +72,15 @@ def score(s: Settings, prompts: list[str], images: list[Path]) -> torch.Tensor:
     for _, values in sorted(gathered(batches)):
         scores.extend(values)
     return torch.tensor(scores)
+
+
+def pictures_of(vae, images: list[Path]) -> list:
+    """PIL images of a batch, in its order: read from their files, or decoded from their latents."""
+    decoded = [image for image in images if is_from_latent(image)]
+    pictures = {}
+    if decoded:
+        pictures = dict(zip(decoded, models.decode_kept(vae, decoded)))
+    for image in images:
+        if image not in pictures:
+            pictures[image] = open_made(image)
+    return [pictures[image] for image in images]
