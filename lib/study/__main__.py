@@ -11,7 +11,7 @@ Every arm's beta and learning rate were chosen alike: `study --tune` tries the s
 for each on the development prompts, with a run seed used for nothing else, and takes the best that
 keeps base's alignment. The evaluation prompts are fresh.
 
-    ./run_sail.sh study                                     everything: under 3 hours on 2 cores
+    ./run_sail.sh study                                     everything: hours on 2 cores, see --plan
     ./run_sail.sh study --questions rivals --seeds 2        a part of it
     ./run_sail.sh study --tune                              how TUNED was found
     ./run_sail.sh study --plan                              what it would cost; makes nothing
