@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import reprlib
 import resource
 import shutil
@@ -240,7 +241,7 @@ def is_from_latent(image: Path) -> bool:
     its name is for people alone, and is there only for pictures that they look at.
     """
     image = Path(image)
-    return image.suffix == ".jpg" and image.parent.parent.name.startswith("iter")
+    return image.suffix == ".jpg" and re.fullmatch(r"iter\d+", image.parent.parent.name) is not None
 
 
 def latent_path(image: Path, mirrored: bool = False) -> Path:
