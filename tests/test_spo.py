@@ -284,14 +284,14 @@ def test_an_arm_of_the_study_has_spo_for_its_answer(tmp_path, monkeypatch):
     job = Job("SPO", 0, tuple(given.split()))
     runner.run_arm(tmp_path, job)
 
-    scores, facts = answers.collect(tmp_path, [job])
-    rows = answers.rows_of(answers.Results(scores, facts, ["SPO"], range(1)))
+    scores, runs = answers.collect(tmp_path, [job])
+    rows = answers.rows_of(answers.results_of(scores, runs, ["SPO"], range(1)))
     assert [(row.name, row.model) for row in rows] == [
         ("base", "base"), ("Iter0", "Iter0"), ("SPO", "spo")]
 
     ledger = pd.read_parquet(runner.folder_of(tmp_path, "SPO", 0) / "ledger.parquet")
     spent = ledger[ledger.stage.isin(["01_seed", "spo"])].unet_forwards.sum()
-    assert facts.set_index("model").forwards["spo"] == spent
+    assert runs.set_index("model").forwards["spo"] == spent
 
 
 # ---- the door ----

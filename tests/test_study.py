@@ -17,7 +17,7 @@ from lib.run import UserError
 from lib.settings import Settings, build_parser, load
 from lib.sheets import read_pictures
 from lib.study import __main__ as command
-from lib.study import answers, cost, judge, questions, runner, tune
+from lib.study import answers, cost, judge, means, primary, published, questions, runner, tune
 from lib.study.runner import Job, folder_of
 from lib.world import people
 
@@ -43,8 +43,7 @@ def studied(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(studied):
     """What `studied` found, as a question of all its arms."""
-    scores, facts = answers.collect(*studied)
-    return answers.Results(scores, facts, ARMS, range(1))
+    return answers.results_of(*answers.collect(*studied), ARMS, range(1))
 
 
 # ---- the arms as data ----
@@ -122,9 +121,9 @@ def test_sharing_changes_no_weight(twins):
 def test_the_cost_is_that_of_the_arm_run_alone(studied, twins):
     arm, _, alone = twins
     ledger = pd.read_parquet(alone / "ledger.parquet").query("stage != '05_eval'")
-    _, facts = answers.collect(studied[0], [Job(arm, 0)])
+    _, runs = answers.collect(studied[0], [Job(arm, 0)])
     expected = [ledger[ledger.iter.fillna(0) <= k].unet_forwards.sum() for k in range(4)]
-    assert facts.forwards.tolist() == expected
+    assert runs.forwards.dropna().tolist() == expected
 
 
 def test_six_rounds_go_on_from_three(studied):
@@ -196,7 +195,8 @@ def test_what_the_study_cannot_do_is_said_before_anything_is_made(flags, words, 
 
 
 def test_the_plan_of_the_whole_study_makes_no_folder(tmp_path, capsys):
-    command.main(["--plan", "--out", str(tmp_path / "study"), "--seeds", "1"])
+    command.main(["--plan", "--out", str(tmp_path / "study"), "--seeds", "1",
+                  "--questions", "all"])
     last = capsys.readouterr().out.splitlines()[-2].split()
     assert last[:3] == ["in", "all", str(len(questions.ARMS))]
     assert not (tmp_path / "study").exists()
@@ -244,7 +244,7 @@ def test_an_answer_is_a_table_and_a_figure(results, tmp_path, over):
 def test_the_points_of_a_figure_lie_within_its_axes(results):
     import matplotlib.pyplot as plt
 
-    two = answers.Results(results.scores, results.facts, ["SAIL", "no mixup"], range(1))
+    two = dataclasses.replace(results, arms=["SAIL", "no mixup"])
     table = answers.table_of(results).set_index("row")
     figure = answers.draw_over_setting(two, "pairs")
     for axis, score in zip(figure.axes, ("utility", "alignment")):
@@ -271,9 +271,56 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     for _ in range(400):
         of_seeds = .5 * rng.normal(size=(5, 1))
         of_prompts = .3 * rng.normal(size=(1, 60))
-        _, low, high = answers.interval(1 + of_seeds + of_prompts + rng.normal(size=(5, 60)))
+        values = 1 + of_seeds + of_prompts + rng.normal(size=(5, 60))
+        _, low, high = means.interval(means.means_of(values))
         covered += low <= 1 <= high
     assert .92 < covered / 400 < .995
+
+
+def test_the_p_value_is_that_of_students_t():
+    """With ten run seeds t = 2.262 is .05, and t = 3.250 is .01, in any table of Student's t."""
+    for t, p in ((2.2622, .05), (-3.2498, .01)):
+        by_seed = np.arange(10.) - 4.5
+        by_seed += t * by_seed.std(ddof=1) / np.sqrt(10)
+        assert means.p_value(means.Means(by_seed, np.zeros(1))) == pytest.approx(p, rel=1e-3)
+
+
+def test_several_looks_are_corrected_by_holm():
+    assert means.holm([.01, .04, .03, .005]) == pytest.approx([.03, .06, .06, .02])
+    assert means.holm([.5, .6]) == [1., 1.]
+
+
+def test_primary_comparisons_name_rows_of_their_questions():
+    rows = {"Iter0", *(row.partition("=")[0] for row in questions.CONTROLS)}
+    for name in primary.QUESTIONS:
+        rows |= set(questions.QUESTIONS[name].arms)
+    assert {name for pair in questions.PRIMARY for name in pair} <= rows
+
+
+# ---- what is kept of the runs ----
+
+@pytest.fixture
+def kept(results, tmp_path, monkeypatch):
+    """`results` as if they were published, as the question pairs."""
+    published.keep({"pairs": results}, tmp_path)
+    monkeypatch.setattr(published, "FOLDER", tmp_path)
+    return results
+
+
+def test_every_table_comes_out_of_what_is_kept(kept):
+    question = questions.Question("title", tuple(ARMS), seeds=1)
+    again = published.read({"pairs": question, "size": question})
+    assert list(again) == ["pairs"]
+    pd.testing.assert_frame_equal(answers.table_of(again["pairs"]), answers.table_of(kept),
+                                  rtol=1e-5)
+
+
+def test_equal_runs_are_told_by_their_weights(kept):
+    runs = kept.runs
+    assert published.tell_equal(runs).startswith("6 of 6 runs")
+    other = runs.assign(weights=runs.weights.where(runs.arm != "no mixup", "another"))
+    assert published.tell_equal(other).startswith("5 of 6 runs")
+    assert published.tell_equal(runs.assign(settings="--lr 1")) == "none of these runs is published"
 
 
 # ---- the judge ----
@@ -351,7 +398,7 @@ def test_the_judge_is_answered_from_finished_runs(studied, tmp_path):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """(the study's folder, tune.csv) with one arm, two settings and one control of each kind."""
+    """(the study's folder, tune.csv): an arm, two settings, a control of each kind, and a rival."""
     out = tmp_path_factory.mktemp("tuned")
     controls = {kind: rows[:1] for kind, rows in tune.CONTROL_GRID.items()}
 
@@ -367,6 +414,7 @@ def tuned(tmp_path_factory):
         patch.setattr(tune, "GRID", ("--beta 2000 --lr 1e-4", "--beta 2000 --lr 5e-4"))
         patch.setattr(tune, "TUNE_ARMS", ("seed only",))
         patch.setattr(tune, "CONTROL_GRID", controls)
+        patch.setattr(tune, "RIVAL_GRID", {"SPO": ("--spo-lr 1e-6",)})
         patch.setattr(tune, "run_all", run_all)
         patch.setattr(tune, "ALIGNMENT_LOSS", 9.)       # four prompts say little: any may be best
         settings = MINI[:MINI.index("--beta")]
@@ -376,7 +424,7 @@ def tuned(tmp_path_factory):
 
 def test_tuning_chooses_one_setting_for_each_arm_and_kind_of_control(tuned):
     _, table = tuned
-    assert len(table) == 2 * (1 + 2)
+    assert len(table) == 2 * (1 + 2) + 1
     assert table.groupby("arm").best.sum().eq(1).all()
 
 
@@ -419,7 +467,7 @@ def test_a_question_is_answered_without_an_arm_that_ended_early(studied, capsys,
     assert "Some arms; 1 run seeds" in printed
     assert "left out: no mixup, 1 of 1" in printed
     assert "no mixup |" not in printed
-    assert set(pd.read_parquet(out / "facts.parquet").arm) == set(ARMS) - {"no mixup"}
+    assert set(pd.read_csv(out / "runs.csv").arm) == set(ARMS) - {"no mixup"}
     assert (out / "judge.png").exists()
 
 

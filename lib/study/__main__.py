@@ -1,7 +1,7 @@
 """When and why does SAIL work? The rival rows and every ablation, over several run seeds.
 
-writes  <out>/<arm>-<seed>/ (run folders), <out>/results.parquet, <out>/facts.parquet,
-        and for each question <out>/<question>.md, .csv, .png
+writes  <out>/<arm>-<seed>/ (run folders), <out>/runs.csv and <out>/prompts.parquet (published.py),
+        for each question <out>/<question>.md, .csv, .png, and <out>/primary.md, .csv
 
 An arm is a run of the embedded world with other settings; lib/study/questions.py lists them, and
 the questions that they answer. Two processes work at once, each on half of the processors. The same
@@ -11,8 +11,10 @@ Every arm's beta and learning rate were chosen alike: `study --tune` tries the s
 for each on the development prompts, with a run seed used for nothing else, and takes the best that
 keeps base's alignment. The evaluation prompts are fresh.
 
-    ./run_sail.sh study                                     everything: hours on 2 cores, see --plan
+    ./run_sail.sh study                                     the main questions: hours, see --plan
+    ./run_sail.sh study --questions all                     every question
     ./run_sail.sh study --questions rivals --seeds 2        a part of it
+    ./run_sail.sh study --published                         the tables again, from published/
     ./run_sail.sh study --tune                              how TUNED was found
     ./run_sail.sh study --plan                              what it would cost; makes nothing
 
@@ -26,8 +28,8 @@ from pathlib import Path
 from lib.run import run_stage, write_table
 from lib.settings import ROOT, Parser, require
 from lib.settings import build_parser as settings_parser
-from lib.study import answers, cost, judge
-from lib.study.questions import ARMS, QUESTIONS, Question
+from lib.study import answers, cost, judge, primary, published
+from lib.study.questions import ARMS, MAIN_QUESTIONS, QUESTIONS, Question
 from lib.study.runner import Job, folder_of, planned_settings, run_all
 from lib.study.tune import all_jobs, tune
 
@@ -41,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="run_sail.sh study", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
-    parser.add_argument("--questions", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS))
+    parser.add_argument("--questions", nargs="+", default=list(MAIN_QUESTIONS),
+                        choices=[*QUESTIONS, "all"])
     parser.add_argument("--seeds", type=int, default=0,
                         help="run seeds of every question; 0 leaves its own number")
     parser.add_argument("--workers", type=int, default=2, help="runs at once")
@@ -49,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="try GRID for every arm of TUNE_ARMS instead")
     parser.add_argument("--plan", action="store_true",
                         help="print what is still to be run and what it costs, and stop")
+    parser.add_argument("--published", action="store_true",
+                        help="run nothing; answer from the runs that are published")
     return parser
 
 
@@ -73,6 +78,9 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def choose_questions(names: list[str], seeds: int) -> dict[str, Question]:
     """The questions by name, with another number of run seeds if one is given."""
+    if "all" in names:
+        names = list(QUESTIONS)
+
     questions = {}
     for name in names:
         questions[name] = QUESTIONS[name]
@@ -109,6 +117,10 @@ def main(argv: list[str]) -> None:
     options, more = read_arguments(argv)
     out = options.out
     questions = choose_questions(options.questions, options.seeds)
+    if options.published:
+        published.answer(out, questions)
+        return
+
     jobs = jobs_of(questions, more)
     runs = [(out, job) for job in jobs]
     if options.tune:
@@ -129,11 +141,10 @@ def main(argv: list[str]) -> None:
 
     # Gather what the runs say.
     ended = [job for job in jobs if (job.arm, job.seed) not in failed]
-    scores, facts = answers.collect(out, ended)
-    write_table(scores, out / "results.parquet")
-    write_table(facts, out / "facts.parquet")
+    scores, runs = answers.collect(out, ended)
 
     # Answer each question, with the arms of which all runs came to an end.
+    answered = {}
     for name, question in questions.items():
         left_out = ended_early(failed, question)
         arms = [arm for arm in question.arms if arm not in left_out]
@@ -141,11 +152,15 @@ def main(argv: list[str]) -> None:
         if not arms or (name == "judge" and "SAIL" in left_out):
             print(f"{question.title}: no answer\n" + "\n".join(left_out.values()))
         elif name == "judge":
-            runs = {arm: [folder_of(out, arm, seed) for seed in seeds] for arm in arms}
-            judge.answer(out, question.title, runs.pop("SAIL"), runs)
+            folders = {arm: [folder_of(out, arm, seed) for seed in seeds] for arm in arms}
+            judge.answer(out, question.title, folders.pop("SAIL"), folders)
         else:
-            results = answers.Results(scores, facts, arms, seeds)
-            answers.answer(out, name, question, results, left_out.values())
+            answered[name] = answers.results_of(scores, runs, arms, seeds)
+            answers.answer(out, name, question, answered[name], left_out.values())
+
+    published.keep(answered, out)
+    primary.answer(out, answered)
+    print(published.tell_equal(runs))
 
 
 if __name__ == "__main__":          # python -m lib.study

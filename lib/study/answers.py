@@ -4,8 +4,8 @@ The numbers come from the runs' own evaluations. A gain is always against anothe
 run seed on the same prompts and noise, so what run seeds have in common cancels.
 """
 
+import hashlib
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,11 @@ import pandas as pd
 from lib.eval.table import markdown
 from lib.plan.counts import counts
 from lib.run import atomic, read_parquet, read_table, write_text
+from lib.study.means import Means, interval
 from lib.study.questions import ARMS, Question, method_of
-from lib.study.runner import Job, folder_of, settings_of_run
+from lib.study.runner import Job, arguments_of, folder_of, settings_of_run
 
 SCORES = ["alignment", "aesthetics", "utility"]
-
-# The 97.5% quantile of Student's t, by degrees of freedom; from 10 on it is taken as 2.
-T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 # What an arm's settings may be drawn against, and in words.
 AXES = {
@@ -35,29 +33,53 @@ AXES = {
 # ---- from run folders to two tables ----
 
 def collect(out: Path, jobs: Iterable[Job]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The scores and the facts of finished runs.
+    """The scores by prompt, and what is told of every run, of finished runs.
 
     scores has a row per prompt and model: arm, seed, model, prompt_id, alignment, aesthetics,
-    utility. facts has a row per round: arm, seed, model; the run's human pairs, alpha and
-    label_noise; accuracy and diversity of the model as a judge of its candidates; and forwards, the
-    UNet forwards up to that model, evaluation left out, which the arm alone would take.
+    utility. runs has a row per model: arm, seed, model; what made the run (facts_of_run); what each
+    round cost (facts_of_rounds); and the scores' means over prompts, where it was evaluated.
     """
-    scores, facts = [], []
+    scores, runs = [], []
     for job in jobs:
         # An evaluation may have several pictures of a prompt.
         folder = folder_of(out, job.arm, job.seed)
         columns = ("model", "prompt_id", *SCORES)
         table = read_table(folder / "eval" / "scores.parquet", columns, "05_eval.py")
-        means = table.groupby(["model", "prompt_id"], sort=False)[SCORES].mean().reset_index()
-        scores.append(means.assign(arm=job.arm, seed=job.seed))
-        facts += facts_of_run(folder, job)
-    return pd.concat(scores, ignore_index=True), pd.DataFrame(facts)
+        by_prompt = table.groupby(["model", "prompt_id"], sort=False)[SCORES].mean().reset_index()
+        scores.append(by_prompt.assign(arm=job.arm, seed=job.seed))
+
+        # A round's model need not be evaluated, and a control has no round.
+        means = by_prompt.groupby("model", sort=False)[SCORES].mean().reset_index()
+        table = means.merge(pd.DataFrame(facts_of_rounds(folder, job)), "outer", "model")
+        runs.append(pd.DataFrame([facts_of_run(out, job)]).merge(table, "cross"))
+    return pd.concat(scores, ignore_index=True), pd.concat(runs, ignore_index=True)
 
 
-def facts_of_run(folder: Path, job: Job) -> list[dict]:
-    """The rows of a run in the table of facts."""
+def facts_of_run(out: Path, job: Job) -> dict:
+    """What made a run: its settings in full or by what an axis may show, and on what."""
+    folder = folder_of(out, job.arm, job.seed)
     s = settings_of_run(folder)
-    cost = counts(s)
+    config = json.loads((folder / "config.json").read_text())
+    return {
+        "arm": job.arm,
+        "seed": job.seed,
+        "settings": " ".join(arguments_of(job)),
+        "pairs": s.seed_pairs,
+        "alpha": s.alpha,
+        "label_noise": s.label_noise,
+        "commit": config["commit"],
+        "cpu": config["hardware"]["cpu"],
+    }
+
+
+def facts_of_rounds(folder: Path, job: Job) -> list[dict]:
+    """A row for each round of a run, and for its rival.
+
+    They have accuracy and diversity of the model as a judge of its candidates; forwards, the UNet
+    forwards up to that model, evaluation left out, which the arm alone would take; and by what its
+    weights are known.
+    """
+    cost = counts(settings_of_run(folder))
     cost = cost[cost.stage != "05_eval"]
     round_of = cost.iter.fillna(0)
 
@@ -69,77 +91,71 @@ def facts_of_run(folder: Path, job: Job) -> list[dict]:
         if path.exists():
             judge = json.loads(path.read_text())
         rows.append({
-            "arm": job.arm,
-            "seed": job.seed,
             "model": f"Iter{k}",
-            "pairs": s.seed_pairs,
-            "alpha": s.alpha,
-            "label_noise": s.label_noise,
             "forwards": int(cost[round_of <= k].unet_forwards.sum()),
             "accuracy": judge.get("accuracy"),
             "diversity": judge.get("diversity"),
+            "weights": mark_of(folder / f"iter{k}" / "unet"),
         })
 
     # A rival's own cost comes to that of the human pairs.
     rival = ARMS[job.arm].rival
     if rival:
-        judge = json.loads((folder / "rivals" / rival / "judge.json").read_text())
-        log = read_parquet(folder / "rivals" / rival / "train_log.parquet", "rival " + rival)
+        place = folder / "rivals" / rival
+        judge = json.loads((place / "judge.json").read_text())
+        log = read_parquet(place / "train_log.parquet", "rival " + rival)
         of_pairs = cost[cost.stage == "01_seed"].unet_forwards.sum()
-        forwards = int(of_pairs + judge["unet_forwards"] + log.unet_forwards.sum())
-        rows.append(rows[-1] | {"model": rival, "forwards": forwards,
-                                "accuracy": judge.get("accuracy"), "diversity": None})
+        rows.append({
+            "model": rival,
+            "forwards": int(of_pairs + judge["unet_forwards"] + log.unet_forwards.sum()),
+            "accuracy": judge.get("accuracy"),
+            "weights": mark_of(place / "unet"),
+        })
     return rows
+
+
+def mark_of(unet: Path) -> str:
+    """By what a model's weights are known: the first digits of the SHA-256 of their file."""
+    [file] = unet.glob("*.safetensors")
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Results:
-    """The scores and facts of a question's arms and run seeds."""
+    """What a question's arms came to over some run seeds."""
 
-    scores: pd.DataFrame
-    facts: pd.DataFrame
+    runs: pd.DataFrame          # as collect() has them
+    prompts: pd.DataFrame       # arm, model, prompt_id and SCORES, their means over the run seeds
     arms: list[str]
     seeds: range
 
-    def values(self, arm: str, model: str, score: str) -> np.ndarray:
-        """A score of one model of an arm: (seeds, prompts)."""
-        part = self.scores[(self.scores.arm == arm) & (self.scores.model == model)]
-        part = part[part.seed.isin(self.seeds)]
-        return part.pivot(index="seed", columns="prompt_id", values=score).to_numpy()
+    def means(self, arm: str, model: str, score: str) -> Means:
+        """A score of one model of an arm."""
+        by_seed = self.runs_of(arm).query("model == @model").sort_values("seed")[score]
+        prompts = self.prompts
+        prompts = prompts[(prompts.arm == arm) & (prompts.model == model)]
+        by_prompt = prompts.sort_values("prompt_id")[score]
+        return Means(by_seed.to_numpy(), by_prompt.to_numpy())
 
-    def gains(self, arm: str, model: str, score: str) -> np.ndarray:
-        """What the model gains over the base: (seeds, prompts)."""
-        return self.values(arm, model, score) - self.values(arm, "base", score)
+    def gains(self, arm: str, model: str, score: str) -> Means:
+        """What the model gains over the base."""
+        return self.means(arm, model, score).over(self.means(arm, "base", score))
 
     def models(self, arm: str) -> list[str]:
-        """The models of an arm, in the order of its evaluation."""
-        return list(dict.fromkeys(self.scores[self.scores.arm == arm].model))
+        """The models of an arm that were evaluated, in the order of its evaluation."""
+        return list(dict.fromkeys(self.prompts[self.prompts.arm == arm].model))
 
-    def facts_of(self, arm: str) -> pd.DataFrame:
-        """The facts of an arm, of all rounds and run seeds."""
-        return self.facts[(self.facts.arm == arm) & self.facts.seed.isin(self.seeds)]
+    def runs_of(self, arm: str) -> pd.DataFrame:
+        """What is told of an arm, of all rounds and run seeds."""
+        return self.runs[(self.runs.arm == arm) & self.runs.seed.isin(self.seeds)]
 
 
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean, and low and high end of its 95% interval, of (seeds, prompts).
-
-    Seeds and prompts are few and many draws of two populations: the variance of the mean is that of
-    the seeds' means over their number, plus that of the prompts' means over theirs. The quantile is
-    Student's over the seeds. Of a single seed, or of numbers without prompts (seeds, 1), only the
-    other part is known.
-    """
-    # The two parts of the variance of the mean.
-    seeds, prompts = values.shape
-    variance = 0.0
-    if prompts > 1:
-        variance += values.mean(0).var(ddof=1) / prompts
-    quantile = 1.96
-    if seeds > 1:
-        variance += values.mean(1).var(ddof=1) / seeds
-        quantile = T975.get(seeds - 1, 2.0)
-
-    half = quantile * math.sqrt(variance)
-    return values.mean(), values.mean() - half, values.mean() + half
+def results_of(scores: pd.DataFrame, runs: pd.DataFrame, arms: list[str], seeds: range) -> Results:
+    """The results of some arms and run seeds, of what collect() found."""
+    scores = scores[scores.arm.isin(arms) & scores.seed.isin(seeds)]
+    runs = runs[runs.arm.isin(arms) & runs.seed.isin(seeds)]
+    prompts = scores.groupby(["arm", "model", "prompt_id"], sort=False)[SCORES].mean()
+    return Results(runs, prompts.reset_index(), arms, seeds)
 
 
 # ---- the table of a question ----
@@ -194,7 +210,7 @@ def table_of(results: Results) -> pd.DataFrame:
     for row in rows:
         line = {"row": row.name, "seeds": len(results.seeds)}
         for score in SCORES:
-            line[score] = results.values(row.arm, row.model, score).mean()
+            line[score] = results.means(row.arm, row.model, score).mean
         line |= gain_columns(results, row, "over base", Row("base", row.arm, "base"))
         line |= gain_columns(results, row, f"over {first_arm}", first_row)
         line |= fact_columns(results, row)
@@ -209,24 +225,24 @@ def gain_columns(results: Results, row: Row, title: str, other: Row) -> dict:
     """
     if row.name == "base" or (row.arm, row.model) == (other.arm, other.model):
         return {}
-    gains = (results.values(row.arm, row.model, "utility")
-             - results.values(other.arm, other.model, "utility"))
+    gains = results.means(row.arm, row.model, "utility").over(
+        results.means(other.arm, other.model, "utility"))
     mean, low, high = interval(gains)
-    by_seed = " ".join(f"{gain:+.3f}" for gain in gains.mean(1))
+    by_seed = " ".join(f"{gain:+.3f}" for gain in gains.by_seed)
     return {title: mean, f"{title} low": low, f"{title} high": high, f"{title}, by seed": by_seed}
 
 
 def fact_columns(results: Results, row: Row) -> dict:
     """What a row cost, and how its arm judged."""
     # The judge is the arm's, so it stands in one of its rows alone.
-    facts = results.facts_of(row.arm)
-    pairs = facts.pairs.max()
+    runs = results.runs_of(row.arm)
+    pairs = runs.pairs.max()
     if row.name == "base":
         pairs = 0
     accuracy = np.nan
     if row.name == row.arm:
-        accuracy = facts.accuracy.mean()
-    forwards = facts[facts.model == row.model].forwards.mean()
+        accuracy = runs.accuracy.mean()
+    forwards = runs[runs.model == row.model].forwards.mean()
     return {"human pairs": pairs, "UNet forwards": forwards, "judge accuracy": accuracy}
 
 
@@ -368,7 +384,7 @@ def lines_over(results: Results, setting: str) -> dict[str, dict[str, list]]:
     for arm in results.arms:
         last = [model for model in results.models(arm) if is_round(model)][-1]
         points = lines.setdefault(method_of(arm), {"utility": [], "alignment": []})
-        x = results.facts_of(arm)[setting].max()
+        x = results.runs_of(arm)[setting].max()
         for score in points:
             points[score].append((x, *interval(results.gains(arm, last, score))))
     return lines
@@ -401,8 +417,9 @@ def draw_over_rounds(results: Results):
             axis.set_title(f"{score}: gain over base", fontsize=9)
 
         # Every round but the last has a judge: it is the next round's.
-        facts = results.facts[(results.facts.arm == arm) & results.facts.accuracy.notna()]
-        judge = facts.groupby("model")[["accuracy", "diversity"]].mean()
+        runs = results.runs_of(arm)
+        runs = runs[runs.accuracy.notna()]
+        judge = runs.groupby("model")[["accuracy", "diversity"]].mean()
         for axis, column in zip(axes[2:], judge.columns):
             axis.plot(judge.index, judge[column], "o-", color=color, markersize=4)
 

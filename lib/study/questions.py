@@ -140,7 +140,7 @@ class Question:
     arms: tuple[str, ...]
     seeds: int                  # run seeds: 0, 1, ...
     over: str = ""              # what the figure shows gains against: "rounds", or what the arms of
-                                # a method vary, a column of facts; empty: all arms side by side
+                                # a method vary, a column of runs.csv; empty: all arms side by side
 
 
 QUESTIONS = {
@@ -171,9 +171,14 @@ QUESTIONS = {
         "seed only, noise 0", "seed only, noise 0.4", "seed only, noise 1"), over="label_noise"),
     "rounds": Question("Six rounds", seeds=3, arms=(
         "SAIL, 6 rounds", "seed only, 6 rounds", "no mixup, 6 rounds"), over="rounds"),
-    "judge": Question("What the judge of round 1 knows (lib/study/judge.py)", seeds=3, arms=(
+    "judge": Question("What the judge of round 1 knows (lib/study/judge.py)", seeds=10, arms=(
         "SAIL", "self-confidence")),
 }
+
+
+# What `study` asks of itself; the others are asked by name. These four are under four hours on two
+# cores, all of them six.
+MAIN_QUESTIONS = ("rivals", "better", "cheap", "judge")
 
 
 # ---- the primary comparisons ----
@@ -208,6 +213,11 @@ GRID = (
 TUNE_SEED = 100
 TUNE_PROMPTS = "--eval-prompts dev --eval-count 160"
 ALIGNMENT_LOSS = 0.01
+
+# A rival trained in a run has its own settings (lib/rivals/), which are tried in a run of its arm.
+RIVAL_GRID = {
+    "SPO": ("--spo-lr 5e-7", "--spo-lr 1e-6", "--spo-lr 2e-6"),
+}
 
 # The controls' gamma and w are tried on every Iter0 of "seed only".
 CONTROL_GRID = {

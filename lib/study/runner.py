@@ -37,6 +37,7 @@ class Job:
     seed: int
     more: tuple[str, ...] = ()  # further settings, as given on the command line; they win
     rows: tuple[str, ...] = ()  # further rows of the evaluation
+    rival: tuple[str, ...] = ()     # settings of the rival that is trained in the run
 
 
 def folder_of(out: Path, arm: str, seed: int) -> Path:
@@ -48,10 +49,17 @@ def folder_of(out: Path, arm: str, seed: int) -> Path:
 
 def settings_of(out: Path, job: Job) -> list[str]:
     """The settings of a run as its first stage is given them; of two values the later one wins."""
-    arm = ARMS[job.arm].settings.format(out=out, seed=job.seed)
-    tuned = TUNED.get(method_of(job.arm), "")
     run = ["--run", str(folder_of(out, job.arm, job.seed)), "--seed", str(job.seed)]
-    return [*run, *COMMON.split(), *arm.split(), *tuned.split(), *job.more]
+    words = []
+    for word in arguments_of(job):
+        words.append(word.replace("{out}", str(out)).replace("{seed}", str(job.seed)))
+    return [*run, *words]
+
+
+def arguments_of(job: Job) -> list[str]:
+    """A run's settings without its folder and seed; {out} and {seed} stand for them."""
+    tuned = TUNED.get(method_of(job.arm), "")
+    return [*COMMON.split(), *ARMS[job.arm].settings.split(), *tuned.split(), *job.more]
 
 
 def planned_settings(out: Path, job: Job) -> Settings:
@@ -150,7 +158,7 @@ def run_arm(out: Path, job: Job, lenders: Iterable[Path] = ()) -> str:
     with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         run_rounds(folder, arm.rounds, s.alpha)
         if arm.rival == "spo":
-            spo.main(["--run", str(folder), "--rounds", str(ROUNDS)])
+            spo.main(["--run", str(folder), "--rounds", str(ROUNDS), *job.rival])
         evaluate(folder, job)
 
     # done.json comes last: from then on the run lends to others, and is not touched again.
@@ -162,7 +170,7 @@ def run_arm(out: Path, job: Job, lenders: Iterable[Path] = ()) -> str:
 
 def stamp_of(out: Path, job: Job) -> str:
     """What a finished run's done.json holds: the settings and rows that it was made with."""
-    return json.dumps([settings_of(out, job), list(job.rows)])
+    return json.dumps([settings_of(out, job), list(job.rows), *job.rival])
 
 
 def is_done(out: Path, job: Job) -> bool:

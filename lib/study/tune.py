@@ -1,27 +1,29 @@
 """How the arms' beta and learning rate were chosen: `./run_sail.sh study --tune`.
 
-Every arm of TUNE_ARMS is run with every setting of GRID, each setting in a folder of its own, and
-judged on development prompts. Writes tune.csv; what it found stands in questions.TUNED.
+Every arm of TUNE_ARMS is run with every setting of GRID, and every rival of RIVAL_GRID with its
+own, each setting in a folder of its own, and judged on development prompts. Writes tune.csv; what it
+found stands in questions.TUNED, of rivals in their files.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from lib.run import write_text
 from lib.study.answers import SCORES, collect
-from lib.study.questions import (ALIGNMENT_LOSS, ARMS, CONTROL_GRID, GRID, TUNE_ARMS, TUNE_PROMPTS,
-                                 TUNE_SEED)
+from lib.study.questions import (ALIGNMENT_LOSS, ARMS, CONTROL_GRID, GRID, RIVAL_GRID, TUNE_ARMS,
+                                 TUNE_PROMPTS, TUNE_SEED)
 from lib.study.runner import Job, run_all
 
 CONTROLLED = "seed only"        # the arm whose Iter0 the controls are made from
 
 
 def tune(out: Path, workers: int, more: list[str]) -> None:
-    """Run the grid, write and print the gains over the base, and mark the best of each arm."""
+    """Run the grids, write and print the gains over the base, and mark the best of each arm."""
     rows = []
-    for number, setting in enumerate(GRID):
-        rows += try_setting(out / "tune", number, setting, workers, more)
+    for folder, setting, jobs in trials(out, more):
+        rows += try_setting(folder, setting, jobs, workers, out / "tune" / "0")
 
     table = pd.DataFrame(rows)
     table["best"] = table.index.isin(best_rows(table))
@@ -30,14 +32,26 @@ def tune(out: Path, workers: int, more: list[str]) -> None:
     print(table.sort_values(["arm", "setting"]).to_string(index=False))
 
 
-def try_setting(out: Path, number: int, setting: str, workers: int, more: list[str]) -> list[dict]:
-    """Run all arms with one setting; a row for each arm and control that came to an end."""
-    jobs = jobs_of(setting, more)
+def trials(out: Path, more: list[str]) -> Iterator[tuple[Path, str, list[Job]]]:
+    """Each setting of the grids, with the folder that its runs lie in, and these runs."""
+    for number, setting in enumerate(GRID):
+        yield out / "tune" / str(number), setting, jobs_of(setting, more)
 
+    for arm, settings in RIVAL_GRID.items():
+        for number, setting in enumerate(settings):
+            job = Job(arm, TUNE_SEED, (*TUNE_PROMPTS.split(), *more), rival=tuple(setting.split()))
+            yield out / "tune" / f"{arm}-{number}", setting, [job]
+
+
+def try_setting(folder: Path, setting: str, jobs: list[Job], workers: int,
+                first: Path) -> list[dict]:
+    """Run the arms with one setting; a row for each arm and control that came to an end."""
     # The first setting's runs have the human pairs and the base's evaluation already.
-    failed = run_all(out / str(number), jobs, workers, lenders=[out / "0"])
+    failed = run_all(folder, jobs, workers, lenders=[first])
     ended = [job for job in jobs if (job.arm, job.seed) not in failed]
-    scores, _ = collect(out / str(number), ended)
+    if not ended:
+        return []
+    scores, _ = collect(folder, ended)
 
     rows = []
     for job in ended:
@@ -50,12 +64,11 @@ def try_setting(out: Path, number: int, setting: str, workers: int, more: list[s
 
 
 def all_jobs(out: Path, more: list[str]) -> list[tuple[Path, Job]]:
-    """Every run of the grid, and the folder that its run folder lies in."""
-    jobs = []
-    for number, setting in enumerate(GRID):
-        for job in jobs_of(setting, more):
-            jobs.append((out / "tune" / str(number), job))
-    return jobs
+    """Every run of the grids, and the folder that its run folder lies in."""
+    runs = []
+    for folder, _, jobs in trials(out, more):
+        runs += [(folder, job) for job in jobs]
+    return runs
 
 
 def jobs_of(setting: str, more: list[str]) -> list[Job]:
@@ -72,7 +85,8 @@ def jobs_of(setting: str, more: list[str]) -> list[Job]:
 
 def models_of(arm: str) -> dict[str, str]:
     """The models of an arm that are tuned, and what each is called: its last, and its controls."""
-    models = {f"Iter{ARMS[arm].rounds}": arm}
+    answer = ARMS[arm].rival or f"Iter{ARMS[arm].rounds}"
+    models = {answer: arm}
     if arm == CONTROLLED:
         for kind, controls in CONTROL_GRID.items():
             for row in controls:
@@ -88,7 +102,7 @@ def best_rows(table: pd.DataFrame) -> list[int]:
     Controls are those of the Iter0 that their arm is best with.
     """
     fair = table[table.alignment >= -ALIGNMENT_LOSS]
-    arms = fair[fair.arm.isin(TUNE_ARMS)].groupby("arm").utility.idxmax()
+    arms = fair[fair.arm.isin([*TUNE_ARMS, *RIVAL_GRID])].groupby("arm").utility.idxmax()
     if CONTROLLED not in arms:
         return list(arms)
 
