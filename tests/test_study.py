@@ -231,12 +231,13 @@ def test_training_without_candidates_costs_less(results):
     assert table.loc["seed only", "UNet forwards"] < table.loc["SAIL", "UNet forwards"]
 
 
-@pytest.mark.parametrize("over", ["", "pairs", "rounds"])
+@pytest.mark.parametrize("over", ["", "pairs", "rounds", "forwards"])
 def test_an_answer_is_a_table_and_a_figure(results, tmp_path, over):
     question = questions.Question("title", tuple(ARMS), seeds=1, over=over)
     answers.answer(tmp_path, "pairs", question, results, ["left out: one"])
     text = (tmp_path / "pairs.md").read_text()
     assert "no mixup" in text
+    assert ("in the rounds" in text) == (over == "forwards")
     assert text.endswith("- left out: one")
     assert (tmp_path / "pairs.png").stat().st_size > 1000
 
@@ -387,10 +388,19 @@ def test_tenths_of_t_are_measured_by_their_own_draws():
 
 
 def test_the_judge_is_answered_from_finished_runs(studied, tmp_path):
-    judge.answer(tmp_path, "title", [folder_of(studied[0], "SAIL", 0)])
+    of_spo = tmp_path / "SPO-0"
+    (of_spo / "rivals/spo").mkdir(parents=True)
+    (of_spo / "rivals/spo/judge.json").write_text('{"accuracy": 0.625}')
+    by_tenth = pd.DataFrame({"tenth": range(10), "judgements": 20, "spo": .6})
+    by_tenth.to_parquet(of_spo / "rivals/spo/judge.parquet")
+    others = {"self-confidence": [folder_of(studied[0], "self-confidence", 0)], "SPO": [of_spo]}
+
+    judge.answer(tmp_path, "title", [folder_of(studied[0], "SAIL", 0)], others)
     table = pd.read_csv(tmp_path / "judge.csv").set_index("draws")
-    assert (table.gap <= table.gap["best and worst in truth"] + 1e-4).all()
+    assert (table.gap.dropna() <= table.gap["best and worst in truth"] + 1e-4).all()
     assert table.accuracy.dropna().between(0, 1).all()
+    assert table.accuracy["SPO"] == .625
+    assert table.forwards["self-confidence"] == 40
     assert (tmp_path / "judge.png").stat().st_size > 1000
 
 
@@ -460,6 +470,8 @@ def test_a_question_is_answered_without_an_arm_that_ended_early(studied, capsys,
 
     question = questions.Question("Some arms", tuple(ARMS), seeds=5)
     monkeypatch.setitem(questions.QUESTIONS, "pairs", question)
+    judges = dataclasses.replace(questions.QUESTIONS["judge"], arms=("SAIL", "self-confidence"))
+    monkeypatch.setitem(questions.QUESTIONS, "judge", judges)
     monkeypatch.setattr(command, "run_all", run_all)
     command.main(["--out", str(out), "--questions", "pairs", "judge", "--seeds", "1", *MINI])
 

@@ -243,17 +243,29 @@ def fact_columns(results: Results, row: Row) -> dict:
     if row.name == row.arm:
         accuracy = runs.accuracy.mean()
     forwards = runs[runs.model == row.model].forwards.mean()
-    return {"human pairs": pairs, "UNet forwards": forwards, "judge accuracy": accuracy}
+
+    # What the rounds alone cost: who has human pairs and an Iter0 pays no more than this.
+    in_rounds = np.nan
+    if is_round(row.model):
+        in_rounds = forwards - runs[runs.model == "Iter0"].forwards.mean()
+    return {"human pairs": pairs, "UNet forwards": forwards, "in the rounds": in_rounds,
+            "judge accuracy": accuracy}
 
 
-def readable(table: pd.DataFrame, first_arm: str) -> str:
-    """The table as people read it, in Markdown."""
+def readable(table: pd.DataFrame, first_arm: str, over: str = "") -> str:
+    """The table as people read it, in Markdown; over forwards, with what the rounds alone cost."""
     rows = []
+    of_first = table.set_index("row")["in the rounds"].get(first_arm)
     for line in table.to_dict("records"):
+        in_rounds = {}
+        if over == "forwards":
+            share = number(line["in the rounds"] / of_first, " ({:.0%})")
+            in_rounds = {"in the rounds": number(line["in the rounds"] / 1e3, "{:.0f}k") + share}
         rows.append({
             "row": line["row"],
             "human pairs": number(line["human pairs"], "{:.0f}"),
             "UNet forwards": number(line["UNet forwards"] / 1e3, "{:.0f}k"),
+            **in_rounds,
             "alignment": f"{line['alignment']:.3f}",
             "aesthetics": f"{line['aesthetics']:.3f}",
             "utility": f"{line['utility']:.3f}",
@@ -291,7 +303,8 @@ def answer(out: Path, name: str, question: Question, results: Results,
     table = table_of(results)
     write_text(table.to_csv(index=False, float_format="%.5g"), out / f"{name}.csv")
     seeds = len(results.seeds)
-    text = f"{question.title}; {seeds} run seeds\n\n{readable(table, results.arms[0])}"
+    shown = readable(table, results.arms[0], question.over)
+    text = f"{question.title}; {seeds} run seeds\n\n{shown}"
     for note in notes:
         text += f"\n- {note}"
     write_text(text, out / f"{name}.md")
@@ -299,6 +312,8 @@ def answer(out: Path, name: str, question: Question, results: Results,
 
     if question.over == "rounds":
         figure = draw_over_rounds(results)
+    elif question.over == "forwards":
+        figure = draw_over_forwards(table, results.arms[0])
     elif question.over:
         figure = draw_over_setting(results, question.over)
     else:
@@ -357,6 +372,28 @@ def draw_side_by_side(table: pd.DataFrame):
     right.set_xlabel("UNet forwards, thousands")
     right.set_ylabel("utility: gain over base")
     right.margins(x=0.25)  # room for the names
+    return figure
+
+
+def draw_over_forwards(table: pd.DataFrame, first_arm: str):
+    """Every row's gain over the base against what its rounds cost; a band for the first arm's."""
+    rows = table[(table["in the rounds"] > 0) & table["over base"].notna()].to_dict("records")
+    figure, axis = new_figure(1, (9, 5))
+    for i, row in enumerate(rows):
+        mean, low, high = (row[f"over base{end}"] for end in ("", " low", " high"))
+        color = f"C{i % 10}"
+        if row["row"] == first_arm:
+            color = "black"
+            axis.axhspan(low, high, color="gray", alpha=0.12, linewidth=0)
+            axis.axhline(mean, color="gray", lw=0.8)
+        axis.errorbar(row["in the rounds"] / 1e3, mean, [[mean - low], [high - mean]], fmt="o",
+                      color=color, capsize=3, markersize=5, label=row["row"])
+
+    axis.set(xlabel="UNet forwards in the rounds, thousands", ylabel="utility: gain over base")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

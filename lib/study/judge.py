@@ -4,9 +4,11 @@ Two things are measured for several ways to use a reward's draws. How often does
 what people preferred, on held-out pairs? And how far apart in true utility are the best and the
 worst candidate that it picks? The second looks at the oracle, as an evaluation may. The runs are
 finished ones of the arm SAIL, one a run seed; nothing is asked of a model again. Other judges,
-whose arms have the same human pairs, Iter0 and first candidates, stand beside it.
+whose arms have the same human pairs, Iter0 and first candidates, stand beside it, and the preference
+model of SPO, which has met the same held-out pairs at the same draws.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +25,16 @@ from lib.run import CANDIDATE_COLUMNS, DRAW_COLUMNS, read_table, write_text
 from lib.sheets import read_pictures
 from lib.study.answers import new_figure, number, save_figure
 from lib.study.means import interval, means_of
+from lib.study.questions import ARMS
 from lib.world import people
 
 # Ways to use the draws of a reward.
 ALL, LOW, HIGH, BALANCED = "all (the paper's)", "t below 500", "t above 500", "balanced"
 ROOT, ROOT_HIGH = "root errors", "root errors, t above 500"
-CHOICES = (ALL, LOW, HIGH, BALANCED, ROOT, ROOT_HIGH)
+
+# No taste at all: the base's error alone, which says how hard a picture is to denoise.
+ANCHOR_HIGH = "the anchor's root error alone, t above 500"
+CHOICES = (ALL, LOW, HIGH, BALANCED, ROOT, ROOT_HIGH, ANCHOR_HIGH)
 
 # Timesteps, of which there are 1000, in tenths.
 TENTHS = range(0, 1000, 100)
@@ -81,7 +87,7 @@ def weights_of(choice: str, draws) -> torch.Tensor:
     """The weight of each draw in the mean over draws: (P, D)."""
     if choice == LOW:
         return in_range(draws, 0, 500)
-    if choice in (HIGH, ROOT_HIGH):
+    if choice in (HIGH, ROOT_HIGH, ANCHOR_HIGH):
         return in_range(draws, 500, 1000)
     if choice == BALANCED:
         return balance(draws.anchor_error).squeeze(1)
@@ -123,10 +129,17 @@ def by_root(draws):
     return draws._replace(reward=root_reward(draws.error, draws.anchor_error, 1.))
 
 
-def forwards_of(draws, weights: torch.Tensor) -> float:
+def by_anchor(draws):
+    """The same draws, rewarded by the root of the anchor's error alone."""
+    return draws._replace(reward=draws.anchor_error.sqrt())
+
+
+def forwards_of(name: str, draws, weights: torch.Tensor) -> float:
     """UNet forwards that the draws with a weight take, in the mean over pictures."""
     forwards = 2                                # model and anchor
-    if draws.anchor_error.isnan().all():
+    if name == ANCHOR_HIGH:
+        forwards = 1
+    elif draws.anchor_error.isnan().all():
         forwards = NOISES                       # self-confidence: no anchor, many noises a draw
     return forwards * (weights > 0).float().sum(1).mean().item()
 
@@ -138,11 +151,13 @@ def measure_judge(name: str, held_out, candidates, utility: torch.Tensor) -> dic
     """
     if name in (ROOT, ROOT_HIGH):
         held_out, candidates = by_root(held_out), by_root(candidates)
+    elif name == ANCHOR_HIGH:
+        held_out, candidates = by_anchor(held_out), by_anchor(candidates)
 
     weights = weights_of(name, candidates)
     return {
         "draws": name,
-        "forwards": forwards_of(candidates, weights),
+        "forwards": forwards_of(name, candidates, weights),
         "accuracy": agreement(held_out, weights_of(name, held_out)),
         "gap": gap(candidates, weights, utility),
     }
@@ -151,18 +166,27 @@ def measure_judge(name: str, held_out, candidates, utility: torch.Tensor) -> dic
 def measure(judged: Round, others: dict[str, Path] | None = None) -> pd.DataFrame:
     """One run: a line for each choice of draws and other judge; and the gap there is in truth.
 
-    `others` are the rounds' folders of other judges, by name: they have the same pictures.
+    `others` are the runs of other judges, by name: they have the same pictures.
     """
     lines = []
     for choice in CHOICES:
         lines.append(measure_judge(choice, judged.held_out, judged.candidates, judged.utility))
-    for name, folder in (others or {}).items():
-        draws = read_judged(folder, judged.utility.shape[1])
-        lines.append(measure_judge(name, *draws, judged.utility))
+    for name, run in (others or {}).items():
+        if ARMS[name].rival:
+            facts = json.loads(file_of_rival(name, run, "judge.json").read_text())
+            lines.append({"draws": name, "accuracy": facts["accuracy"]})
+        else:
+            draws = read_judged(run / "iter1", judged.utility.shape[1])
+            lines.append(measure_judge(name, *draws, judged.utility))
 
     truth = judged.utility.amax(1) - judged.utility.amin(1)
     lines.append({"draws": "best and worst in truth", "gap": truth.mean().item()})
     return pd.DataFrame(lines)
+
+
+def file_of_rival(arm: str, run: Path, name: str) -> Path:
+    """A file of the preference model of a rival that was trained in a run."""
+    return run / "rivals" / ARMS[arm].rival / name
 
 
 def measure_tenths(held_out) -> pd.DataFrame:
@@ -180,6 +204,12 @@ def measure_tenths(held_out) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def tenths_of_rival(arm: str, run: Path) -> pd.DataFrame:
+    """The agreement by tenth of t of a rival's preference model, each draw a judgement."""
+    table = pd.read_parquet(file_of_rival(arm, run, "judge.parquet"))
+    return pd.DataFrame({"t": 100 * table.tenth + 50, "accuracy": table.spo})
+
+
 # ---- the answer ----
 
 def answer(out: Path, title: str, runs: list[Path],
@@ -188,19 +218,22 @@ def answer(out: Path, title: str, runs: list[Path],
 
     `others` are the runs of other judges by name, run seed by run seed as in `runs`.
     """
-    choices, tenths = [], []
+    choices, tenths, of_rivals = [], [], []
     for number, run in enumerate(runs):
         judged = read_round(run, 1)
-        folders = {name: theirs[number] / "iter1" for name, theirs in (others or {}).items()}
+        folders = {name: theirs[number] for name, theirs in (others or {}).items()}
         choices.append(measure(judged, folders).assign(run=run.name))
         tenths.append(measure_tenths(judged.held_out).assign(run=run.name))
+        for name, folder in folders.items():
+            if ARMS[name].rival:
+                of_rivals.append(tenths_of_rival(name, folder).assign(run=run.name))
     choices, tenths = pd.concat(choices), pd.concat(tenths)
 
     text = f"{title}; {len(runs)} run seeds\n\n{readable(choices)}"
     write_text(text, out / "judge.md")
     write_text(choices.to_csv(index=False, float_format="%.5g"), out / "judge.csv")
     print(text)
-    save_figure(draw(tenths), out / "judge.png")
+    save_figure(draw(tenths, of_rivals), out / "judge.png")
 
 
 def readable(table: pd.DataFrame) -> str:
@@ -231,10 +264,13 @@ def cell(by_run: pd.Series) -> str:
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def draw(tenths: pd.DataFrame):
+def draw(tenths: pd.DataFrame, of_rivals: list[pd.DataFrame]):
     """Where in t the judge knows something, and where it is loud."""
     figure, (left, right) = new_figure(2, (9, 3.4))
-    draw_runs(left, tenths, "accuracy", "C0")
+    draw_runs(left, tenths, "accuracy", "C0", "the model itself")
+    if of_rivals:
+        draw_runs(left, pd.concat(of_rivals), "accuracy", "C1", "SPO's preference model")
+        left.legend(fontsize=7)
     left.axhline(0.5, color="gray", lw=0.8)
     left.set(xlabel="timestep (a pair's draws in each tenth)", ylabel="agrees with people")
 
@@ -243,9 +279,9 @@ def draw(tenths: pd.DataFrame):
     return figure
 
 
-def draw_runs(axis, tenths: pd.DataFrame, column: str, color: str) -> None:
+def draw_runs(axis, tenths: pd.DataFrame, column: str, color: str, label: str = "") -> None:
     """A thin line for each run seed, and their mean."""
     by_run = tenths.pivot(index="t", columns="run", values=column)
     axis.plot(by_run.index, by_run.to_numpy(), color=color, lw=0.6, alpha=0.6)
-    axis.plot(by_run.index, by_run.mean(axis=1), "o-", color=color)
+    axis.plot(by_run.index, by_run.mean(axis=1), "o-", color=color, label=label)
     axis.grid(alpha=0.3)

@@ -139,8 +139,9 @@ class Question:
     title: str
     arms: tuple[str, ...]
     seeds: int                  # run seeds: 0, 1, ...
-    over: str = ""              # what the figure shows gains against: "rounds", or what the arms of
-                                # a method vary, a column of runs.csv; empty: all arms side by side
+    over: str = ""              # what the figure shows gains against: "rounds", "forwards", or what
+                                # the arms of a method vary, a column of runs.csv; empty: all arms
+                                # side by side
 
 
 QUESTIONS = {
@@ -155,7 +156,8 @@ QUESTIONS = {
     "cheap": Question("What SAIL's gain must cost", seeds=5, arms=(
         "SAIL", "root, t above 500", "root, 4 draws", "root, 2 draws", "root, N = 4",
         "root, 5 steps", "root, 3 steps", "root, half the prompts", "root, 5 steps, 4 draws",
-        "root, 5 steps, 2 draws, N = 4", "root, 5 steps, 2 draws, N = 4, half", "seed only")),
+        "root, 5 steps, 2 draws, N = 4", "root, 5 steps, 2 draws, N = 4, half", "seed only"),
+        over="forwards"),
     "reward": Question("The reward's settings", seeds=3, arms=(
         "SAIL", "1 draw", "4 draws", "30 draws", "N = 4", "N = 16", "t below 500", "t above 500",
         "anchor Iter0")),
@@ -172,7 +174,7 @@ QUESTIONS = {
     "rounds": Question("Six rounds", seeds=3, arms=(
         "SAIL, 6 rounds", "seed only, 6 rounds", "no mixup, 6 rounds"), over="rounds"),
     "judge": Question("What the judge of round 1 knows (lib/study/judge.py)", seeds=10, arms=(
-        "SAIL", "self-confidence")),
+        "SAIL", "SPO", "root, t above 500", "self-confidence")),
 }
 
 
