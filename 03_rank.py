@@ -483,14 +483,16 @@ def describe_judge(
     judge |= agreement_of_people(s.run)
     judge["verdict"], _ = verdict(judge)
 
-    anchor = "base"
-    if anchor_of(s, k) != BASE:
-        anchor = "Iter0"
+    # Only the implicit reward asks an anchor, at so many draws.
+    anchor, draws = None, None
+    if s.reward == "implicit":
+        anchor = "base" if anchor_of(s, k) == BASE else "Iter0"
+        draws = s.draws
     return judge | {
         "model": k - 1,
         "reward": s.reward,
         "anchor": anchor,
-        "draws": s.draws,
+        "draws": draws,
         "beta": s.beta,
         "select": s.select,
         "diversity": diversity(comparisons),

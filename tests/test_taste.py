@@ -493,8 +493,10 @@ def test_an_answer_that_does_not_arrive_is_sent_again_and_counts_once(browser, t
                    "  if (times < 3) throw new TypeError('gone');"
                    "  return real(...given); }")
         browser.key("ArrowLeft")
-        browser.js("new Promise(done => setTimeout(done, 100))")
-        assert "is sent as soon" in browser.js("$('note').innerText")
+        browser.js("new Promise(done => { const look = () =>"
+                   "  $('note').innerText.includes('is sent as soon') ? done()"
+                   "                                                  : setTimeout(look, 5);"
+                   "  look(); })")
         assert browser.js("showing.pair") == before                 # nothing else can be answered
         browser.key("ArrowRight")
         somebody.settle(f"showing.pair !== {before}")
@@ -506,10 +508,11 @@ def test_an_answer_that_does_not_arrive_is_sent_again_and_counts_once(browser, t
 def test_a_held_key_is_one_answer_and_zoom_shows_both_alike(browser, tmp_path, pictures):
     desk = desk_at(tmp_path, pictures)
     with serving(desk) as address:
-        Person(browser, address, desk)
+        somebody = Person(browser, address, desk)
         browser.js("for (const repeat of [false, true, true])"
                    "  dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowLeft', repeat }))")
-        browser.js("new Promise(done => setTimeout(done, 200))")
+        somebody.settle("state.answered > 0")
+        browser.js("new Promise(done => setTimeout(done, 100))")
         assert browser.js("state.answered") == 1
 
         browser.key("z")
@@ -527,7 +530,7 @@ def test_a_held_key_is_one_answer_and_zoom_shows_both_alike(browser, tmp_path, p
         browser.js("touch('pointerup'), $('left').click()")
         assert browser.js(unzoomed) and not browser.js("busy")
         browser.js("touch('pointerdown'), touch('pointerup'), $('left').click()")
-        browser.js("new Promise(done => setTimeout(done, 200))")
+        somebody.settle("state.answered > 1")
         assert browser.js("state.answered") == 2
 
 

@@ -127,7 +127,10 @@ class Memory:
 
     def ranking(self, s: Settings) -> int:
         """Model and anchor see a batch of noised latents, one after the other."""
-        weights = 2 * self.dtype.itemsize * self.unet_weights
+        asked = 2
+        if s.reward == "self-confidence":
+            asked = 1                           # no anchor
+        weights = asked * self.dtype.itemsize * self.unet_weights
         return weights + ranked_at_once(s) * self.of_forward
 
     @cached_property
