@@ -1,6 +1,6 @@
 """When and why does SAIL work? The rival rows and every ablation, over several run seeds.
 
-writes  <out>/<arm>-<seed>/ (run folders), <out>/runs.csv and <out>/prompts.parquet (published.py),
+writes  <out>/<arm>-<seed>/ (run folders), <out>/runs.csv and <out>/scores.parquet (published.py),
         for each question <out>/<question>.md, .csv, .png, and <out>/primary.md, .csv
 
 An arm is a run of the embedded world with other settings; lib/study/questions.py lists them, and
@@ -14,7 +14,8 @@ keeps base's alignment. The evaluation prompts are fresh.
     ./run_sail.sh study                                     the main questions: hours, see --plan
     ./run_sail.sh study --questions all                     every question
     ./run_sail.sh study --questions rivals --seeds 2        a part of it
-    ./run_sail.sh study --published                         the tables again, from published/
+    ./run_sail.sh study --finished                          answers from the runs that are finished
+    ./run_sail.sh study --published                         answers from those that are published
     ./run_sail.sh study --tune                              how TUNED was found
     ./run_sail.sh study --plan                              what it would cost; makes nothing
 
@@ -25,12 +26,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lib.run import run_stage, write_table
+import pandas as pd
+
+from lib.run import run_stage
 from lib.settings import ROOT, Parser, require
 from lib.settings import build_parser as settings_parser
 from lib.study import answers, cost, judge, primary, published
 from lib.study.questions import ARMS, MAIN_QUESTIONS, QUESTIONS, Question
-from lib.study.runner import Job, folder_of, planned_settings, run_all
+from lib.study.runner import Job, folder_of, is_done, planned_settings, run_all
 from lib.study.tune import all_jobs, tune
 
 # The study gives these settings to every run itself; what to give instead.
@@ -52,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="try GRID for every arm of TUNE_ARMS instead")
     parser.add_argument("--plan", action="store_true",
                         help="print what is still to be run and what it costs, and stop")
+    parser.add_argument("--finished", action="store_true",
+                        help="run nothing; answer from the runs that are finished")
     parser.add_argument("--published", action="store_true",
                         help="run nothing; answer from the runs that are published")
     return parser
@@ -113,12 +118,53 @@ def ended_early(failed: dict[tuple[str, int], str], question: Question) -> dict[
     return left_out
 
 
+def answer_questions(
+    out: Path,
+    questions: dict[str, Question],
+    scores: pd.DataFrame,
+    runs: pd.DataFrame,
+    failed: dict[tuple[str, int], str],
+) -> None:
+    """Answer each question, with the arms that are there and of which no run ended early."""
+    for name, question in questions.items():
+        left_out = ended_early(failed, question)
+        there = set(runs.arm) - set(left_out)
+        arms = [arm for arm in question.arms if arm in there]
+        if not arms or (name == "judge" and "SAIL" not in arms):
+            print("\n".join([f"{question.title}: no answer", *left_out.values()]))
+        elif name == "judge":
+            answer_judge(out, question, arms, runs)
+        else:
+            results = answers.results_of(scores, runs, arms, range(question.seeds))
+            answers.answer(out, name, question, results, left_out.values())
+
+    # Their rows stand in several questions.
+    asked = [question for name, question in questions.items() if name in primary.QUESTIONS]
+    if len(asked) == len(primary.QUESTIONS):
+        arms = [arm for question in asked for arm in question.arms if arm in set(runs.arm)]
+        seeds = range(min(question.seeds for question in asked))
+        primary.answer(out, answers.results_of(scores, runs, list(dict.fromkeys(arms)), seeds))
+
+
+def answer_judge(out: Path, question: Question, arms: list[str], runs: pd.DataFrame) -> None:
+    """Answer the question of the judge, with the run seeds that all its arms have."""
+    seeds = []
+    for seed in range(question.seeds):
+        if set(arms) <= set(runs.arm[runs.seed == seed]):
+            seeds.append(seed)
+    folders = {arm: [folder_of(out, arm, seed) for seed in seeds] for arm in arms}
+    judge.answer(out, question.title, folders.pop("SAIL"), folders)
+
+
 def main(argv: list[str]) -> None:
     options, more = read_arguments(argv)
     out = options.out
     questions = choose_questions(options.questions, options.seeds)
     if options.published:
-        published.answer(out, questions)
+        if "judge" in questions:
+            print(judge.readable(pd.read_csv(published.FOLDER / published.JUDGE)))
+            del questions["judge"]
+        answer_questions(out, questions, *published.read(), failed={})
         return
 
     jobs = jobs_of(questions, more)
@@ -137,29 +183,18 @@ def main(argv: list[str]) -> None:
         return
 
     # Run what the questions need.
-    failed = run_all(out, jobs, options.workers)
+    failed = {}
+    if options.finished:
+        jobs = [job for job in jobs if is_done(out, job)]
+        require(jobs, f"{out}: no run of these questions is finished")
+    else:
+        failed = run_all(out, jobs, options.workers)
 
-    # Gather what the runs say.
+    # Gather what the runs say, and answer.
     ended = [job for job in jobs if (job.arm, job.seed) not in failed]
     scores, runs = answers.collect(out, ended)
-
-    # Answer each question, with the arms of which all runs came to an end.
-    answered = {}
-    for name, question in questions.items():
-        left_out = ended_early(failed, question)
-        arms = [arm for arm in question.arms if arm not in left_out]
-        seeds = range(question.seeds)
-        if not arms or (name == "judge" and "SAIL" in left_out):
-            print(f"{question.title}: no answer\n" + "\n".join(left_out.values()))
-        elif name == "judge":
-            folders = {arm: [folder_of(out, arm, seed) for seed in seeds] for arm in arms}
-            judge.answer(out, question.title, folders.pop("SAIL"), folders)
-        else:
-            answered[name] = answers.results_of(scores, runs, arms, seeds)
-            answers.answer(out, name, question, answered[name], left_out.values())
-
-    published.keep(answered, out)
-    primary.answer(out, answered)
+    published.keep(scores, runs, out)
+    answer_questions(out, questions, scores, runs, failed)
     print(published.tell_equal(runs))
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from lib.eval.table import markdown
 from lib.plan.counts import counts
 from lib.run import atomic, read_parquet, read_table, write_text
-from lib.study.means import Means, interval
+from lib.study.means import interval
 from lib.study.questions import ARMS, Question, method_of
 from lib.study.runner import Job, arguments_of, folder_of, settings_of_run
 
@@ -122,40 +122,48 @@ def mark_of(unet: Path) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """What a question's arms came to over some run seeds."""
+    """What a question's arms came to, each over the run seeds that it has."""
 
-    runs: pd.DataFrame          # as collect() has them
-    prompts: pd.DataFrame       # arm, model, prompt_id and SCORES, their means over the run seeds
+    scores: pd.DataFrame        # both as collect() has them
+    runs: pd.DataFrame
     arms: list[str]
-    seeds: range
 
-    def means(self, arm: str, model: str, score: str) -> Means:
-        """A score of one model of an arm."""
-        by_seed = self.runs_of(arm).query("model == @model").sort_values("seed")[score]
-        prompts = self.prompts
-        prompts = prompts[(prompts.arm == arm) & (prompts.model == model)]
-        by_prompt = prompts.sort_values("prompt_id")[score]
-        return Means(by_seed.to_numpy(), by_prompt.to_numpy())
+    def values(self, arm: str, model: str, score: str) -> pd.DataFrame:
+        """A score of one model of an arm: a row per run seed, a column per prompt."""
+        part = self.scores[(self.scores.arm == arm) & (self.scores.model == model)]
+        return part.pivot(index="seed", columns="prompt_id", values=score)
 
-    def gains(self, arm: str, model: str, score: str) -> Means:
-        """What the model gains over the base."""
-        return self.means(arm, model, score).over(self.means(arm, "base", score))
+    def gains(self, row: "Row", other: "Row", score: str) -> pd.DataFrame:
+        """What a row gains over another, on the run seeds that both have: (seeds, prompts)."""
+        mine = self.values(row.arm, row.model, score)
+        theirs = self.values(other.arm, other.model, score)
+        both = mine.index.intersection(theirs.index)
+        return mine.loc[both] - theirs.loc[both]
+
+    def gains_over_base(self, arm: str, model: str, score: str) -> np.ndarray:
+        """What a model gains over the base of its runs: (seeds, prompts)."""
+        row, base = (Row(name, arm, name) for name in (model, "base"))
+        return self.gains(row, base, score).to_numpy()
 
     def models(self, arm: str) -> list[str]:
         """The models of an arm that were evaluated, in the order of its evaluation."""
-        return list(dict.fromkeys(self.prompts[self.prompts.arm == arm].model))
+        return list(dict.fromkeys(self.scores[self.scores.arm == arm].model))
 
     def runs_of(self, arm: str) -> pd.DataFrame:
         """What is told of an arm, of all rounds and run seeds."""
-        return self.runs[(self.runs.arm == arm) & self.runs.seed.isin(self.seeds)]
+        return self.runs[self.runs.arm == arm]
+
+    @property
+    def seeds(self) -> int:
+        """The run seeds of the first arm, which the others are compared with."""
+        return self.runs_of(self.arms[0]).seed.nunique()
 
 
 def results_of(scores: pd.DataFrame, runs: pd.DataFrame, arms: list[str], seeds: range) -> Results:
     """The results of some arms and run seeds, of what collect() found."""
     scores = scores[scores.arm.isin(arms) & scores.seed.isin(seeds)]
     runs = runs[runs.arm.isin(arms) & runs.seed.isin(seeds)]
-    prompts = scores.groupby(["arm", "model", "prompt_id"], sort=False)[SCORES].mean()
-    return Results(runs, prompts.reset_index(), arms, seeds)
+    return Results(scores, runs, arms)
 
 
 # ---- the table of a question ----
@@ -208,9 +216,9 @@ def table_of(results: Results) -> pd.DataFrame:
     # Where a row has no such number its cell stays empty.
     lines = []
     for row in rows:
-        line = {"row": row.name, "seeds": len(results.seeds)}
+        line = {"row": row.name, "seeds": results.runs_of(row.arm).seed.nunique()}
         for score in SCORES:
-            line[score] = results.means(row.arm, row.model, score).mean
+            line[score] = results.values(row.arm, row.model, score).to_numpy().mean()
         line |= gain_columns(results, row, "over base", Row("base", row.arm, "base"))
         line |= gain_columns(results, row, f"over {first_arm}", first_row)
         line |= fact_columns(results, row)
@@ -225,10 +233,9 @@ def gain_columns(results: Results, row: Row, title: str, other: Row) -> dict:
     """
     if row.name == "base" or (row.arm, row.model) == (other.arm, other.model):
         return {}
-    gains = results.means(row.arm, row.model, "utility").over(
-        results.means(other.arm, other.model, "utility"))
+    gains = results.gains(row, other, "utility").to_numpy()
     mean, low, high = interval(gains)
-    by_seed = " ".join(f"{gain:+.3f}" for gain in gains.by_seed)
+    by_seed = " ".join(f"{gain:+.3f}" for gain in gains.mean(1))
     return {title: mean, f"{title} low": low, f"{title} high": high, f"{title}, by seed": by_seed}
 
 
@@ -261,8 +268,12 @@ def readable(table: pd.DataFrame, first_arm: str, over: str = "") -> str:
         if over == "forwards":
             share = number(line["in the rounds"] / of_first, " ({:.0%})")
             in_rounds = {"in the rounds": number(line["in the rounds"] / 1e3, "{:.0f}k") + share}
+        seeds = {}
+        if table.seeds.nunique() > 1:
+            seeds = {"run seeds": line["seeds"]}
         rows.append({
             "row": line["row"],
+            **seeds,
             "human pairs": number(line["human pairs"], "{:.0f}"),
             "UNet forwards": number(line["UNet forwards"] / 1e3, "{:.0f}k"),
             **in_rounds,
@@ -302,7 +313,7 @@ def answer(out: Path, name: str, question: Question, results: Results,
     # For programs, then for people.
     table = table_of(results)
     write_text(table.to_csv(index=False, float_format="%.5g"), out / f"{name}.csv")
-    seeds = len(results.seeds)
+    seeds = results.seeds
     shown = readable(table, results.arms[0], question.over)
     text = f"{question.title}; {seeds} run seeds\n\n{shown}"
     for note in notes:
@@ -423,7 +434,7 @@ def lines_over(results: Results, setting: str) -> dict[str, dict[str, list]]:
         points = lines.setdefault(method_of(arm), {"utility": [], "alignment": []})
         x = results.runs_of(arm)[setting].max()
         for score in points:
-            points[score].append((x, *interval(results.gains(arm, last, score))))
+            points[score].append((x, *interval(results.gains_over_base(arm, last, score))))
     return lines
 
 
@@ -447,7 +458,7 @@ def draw_over_rounds(results: Results):
         color = f"C{i}"
         rounds = [m for m in results.models(arm) if is_round(m) and m != "base"]
         for axis, score in zip(axes[:2], ("utility", "alignment")):
-            gains = [interval(results.gains(arm, model, score)) for model in rounds]
+            gains = [interval(results.gains_over_base(arm, model, score)) for model in rounds]
             y, low, high = np.array(gains).T
             axis.fill_between(rounds, low, high, alpha=0.12, color=color, linewidth=0)
             axis.plot(rounds, y, "o-", color=color, markersize=4, label=arm)

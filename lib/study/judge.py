@@ -24,7 +24,7 @@ from lib.rivals.self_confidence import NOISES
 from lib.run import CANDIDATE_COLUMNS, DRAW_COLUMNS, read_table, write_text
 from lib.sheets import read_pictures
 from lib.study.answers import new_figure, number, save_figure
-from lib.study.means import interval, means_of
+from lib.study.means import interval
 from lib.study.questions import ARMS
 from lib.world import people
 
@@ -260,7 +260,7 @@ def cell(by_run: pd.Series) -> str:
     # One run seed says nothing of others.
     if len(by_run) == 1:
         return f"{by_run.iloc[0]:.3f}"
-    mean, low, high = interval(means_of(by_run.to_numpy()[:, None]))
+    mean, low, high = interval(by_run.to_numpy()[:, None])
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 

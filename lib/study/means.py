@@ -1,14 +1,13 @@
 """Means over run seeds and prompts, their 95% intervals, and what several looks at once are worth.
 
-Run seeds and prompts are few and many draws of two populations. The variance of a mean over both is
+Run seeds and prompts are few and many draws of two populations: the variance of a mean over both is
 that of the seeds' means over their number, plus that of the prompts' means over theirs, and its
-quantile is Student's over the seeds. So two short lists say all of a score: its mean by run seed,
-and by prompt. They are what is kept of a study (published.py).
+quantile is Student's over the seeds. Values are (seeds, prompts); of a single seed, or of numbers
+without prompts (seeds, 1), only the other part is known.
 """
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,53 +15,33 @@ import numpy as np
 T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-class Means(NamedTuple):
-    """A score's means, over prompts for each run seed and over run seeds for each prompt."""
-
-    by_seed: np.ndarray             # (seeds,)
-    by_prompt: np.ndarray           # (prompts,)
-
-    def over(self, other: "Means") -> "Means":
-        """What this gains over another, seed by seed and prompt by prompt."""
-        return Means(self.by_seed - other.by_seed, self.by_prompt - other.by_prompt)
-
-    @property
-    def mean(self) -> float:
-        """The mean over run seeds and prompts."""
-        return self.by_seed.mean()
-
-
-def means_of(values: np.ndarray) -> Means:
-    """The means of (seeds, prompts)."""
-    return Means(values.mean(1), values.mean(0))
-
-
-def standard_error(means: Means) -> float:
-    """Of the mean. Of a single seed, or of one prompt only, the other part alone is known."""
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of values (seeds, prompts)."""
+    seeds, prompts = values.shape
     variance = 0.0
-    for part in means:
-        if len(part) > 1:
-            variance += part.var(ddof=1) / len(part)
+    if prompts > 1:
+        variance += values.mean(0).var(ddof=1) / prompts
+    if seeds > 1:
+        variance += values.mean(1).var(ddof=1) / seeds
     return math.sqrt(variance)
 
 
-def interval(means: Means) -> tuple[float, float, float]:
-    """Mean, and low and high end of its 95% interval."""
-    seeds = len(means.by_seed)
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean, and low and high end of its 95% interval, of values (seeds, prompts)."""
     quantile = 1.96
-    if seeds > 1:
-        quantile = T975.get(seeds - 1, 2.0)
+    if len(values) > 1:
+        quantile = T975.get(len(values) - 1, 2.0)
 
-    half = quantile * standard_error(means)
-    return means.mean, means.mean - half, means.mean + half
+    half = quantile * standard_error(values)
+    return values.mean(), values.mean() - half, values.mean() + half
 
 
-def p_value(means: Means) -> float:
+def p_value(values: np.ndarray) -> float:
     """Of the mean against zero, two-sided, by Student's t over the run seeds (two or more)."""
-    import mpmath
+    import mpmath                               # torch brings it along
 
-    freedom = len(means.by_seed) - 1
-    t = means.mean / standard_error(means)
+    freedom = len(values) - 1
+    t = values.mean() / standard_error(values)
 
     # Both tails of Student's t are a regularised incomplete beta function.
     x = freedom / (freedom + t * t)

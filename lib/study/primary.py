@@ -5,15 +5,14 @@ writes  <out>/primary.md, <out>/primary.csv
 The rows come from several questions, of the same run seeds. Several looks are corrected together.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
 from lib.eval.table import markdown
 from lib.run import write_text
-from lib.study.answers import Results, Row, rows_of
-from lib.study.means import Means, holm, interval, p_value
+from lib.study.answers import Results, rows_of
+from lib.study.means import holm, interval, p_value
 from lib.study.questions import PRIMARY
 
 QUESTIONS = ("rivals", "better")
@@ -23,36 +22,21 @@ TITLE = "Primary comparisons"
 LEVEL = 0.05
 
 
-def find_rows(answers: Iterable[Results]) -> dict[str, tuple[Results, Row]]:
-    """Every row of some questions by its name, with the results that it is in."""
-    rows = {}
-    for results in answers:
-        for row in rows_of(results):
-            rows.setdefault(row.name, (results, row))
-    return rows
-
-
-def utility_of(found: tuple[Results, Row]) -> Means:
-    """The utility of a row."""
-    results, row = found
-    return results.means(row.arm, row.model, "utility")
-
-
-def compare(answers: Iterable[Results]) -> pd.DataFrame:
+def compare(results: Results) -> pd.DataFrame:
     """A line for each primary comparison whose two rows are there.
 
     row, over, seeds, mean, low, high (of the gain in utility), p, and p_holm: p corrected for all
     that are there. Of one run seed there is neither.
     """
-    rows = find_rows(answers)
+    rows = {row.name: row for row in rows_of(results)}
     lines = []
     for name, other in PRIMARY:
         if name in rows and other in rows:
-            gain = utility_of(rows[name]).over(utility_of(rows[other]))
+            gain = results.gains(rows[name], rows[other], "utility").to_numpy()
             mean, low, high = interval(gain)
-            line = {"row": name, "over": other, "seeds": len(gain.by_seed),
+            line = {"row": name, "over": other, "seeds": len(gain),
                     "mean": mean, "low": low, "high": high}
-            if len(gain.by_seed) > 1:
+            if len(gain) > 1:
                 line["p"] = p_value(gain)
             lines.append(line)
 
@@ -80,11 +64,9 @@ def readable(table: pd.DataFrame) -> str:
     return markdown(pd.DataFrame(rows))
 
 
-def answer(out: Path, answered: dict[str, Results]) -> None:
-    """Write and print the primary comparisons, if their questions are answered over run seeds."""
-    if not set(QUESTIONS) <= set(answered):
-        return
-    table = compare([answered[name] for name in QUESTIONS])
+def answer(out: Path, results: Results) -> None:
+    """Write and print the primary comparisons, where there are several run seeds."""
+    table = compare(results)
     if "p" not in table:
         return
 

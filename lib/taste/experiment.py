@@ -39,7 +39,7 @@ from lib.run import UserError, run_stage, write_text
 from lib.settings import ROOT, Parser, Settings, load, require
 from lib.settings import build_parser as settings_parser
 from lib.study.answers import draw_line, new_figure, save_figure
-from lib.study.means import interval, means_of
+from lib.study.means import interval
 from lib.study.runner import make_pool, run_rounds
 from lib.taste import person, tally, votes
 
@@ -208,7 +208,7 @@ def over_seeds(jobs: list[Job]) -> pd.DataFrame:
         for place, over in enumerate(names):
             for model in names[place + 1:]:
                 points = np.stack([points_of_prompts(part, model, over) for part in cast])
-                rate, low, high = interval(means_of(points))
+                rate, low, high = interval(points)
                 of_seeds = points.mean(1)
                 rows.append((taste, labels, model, over, len(of_cell), rate, low, high,
                              of_seeds.min(), of_seeds.max()))
