@@ -21,6 +21,7 @@ from lib.rivals.preference import StepJudge
 from lib.run import generator
 from lib.settings import build_parser
 from lib.study import answers, runner
+from lib.study import results as results_of_runs
 from lib.study.runner import Job
 
 # ---- the equations ----
@@ -284,8 +285,8 @@ def test_an_arm_of_the_study_has_spo_for_its_answer(tmp_path, monkeypatch):
     job = Job("SPO", 0, tuple(given.split()))
     runner.run_arm(tmp_path, job)
 
-    scores, runs = answers.collect(tmp_path, [job])
-    rows = answers.rows_of(answers.results_of(scores, runs, ["SPO"], range(1)))
+    scores, runs = results_of_runs.collect(tmp_path, [job])
+    rows = answers.rows_of(results_of_runs.results_of(scores, runs, ["SPO"], range(1)))
     assert [(row.name, row.model) for row in rows] == [
         ("base", "base"), ("Iter0", "Iter0"), ("SPO", "spo")]
 

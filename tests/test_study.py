@@ -17,7 +17,9 @@ from lib.run import UserError
 from lib.settings import Settings, build_parser, load
 from lib.sheets import read_pictures
 from lib.study import __main__ as command
-from lib.study import answers, cost, judge, means, primary, published, questions, runner, tune
+from lib.study import (answers, cost, figures, judge, means, primary, published, questions, runner,
+                       tune)
+from lib.study import results as results_of_runs
 from lib.study.runner import Job, folder_of
 from lib.world import people
 
@@ -43,7 +45,7 @@ def studied(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(studied):
     """What `studied` found, as a question of all its arms."""
-    return answers.results_of(*answers.collect(*studied), ARMS, range(1))
+    return results_of_runs.results_of(*results_of_runs.collect(*studied), ARMS, range(1))
 
 
 # ---- the arms as data ----
@@ -121,7 +123,7 @@ def test_sharing_changes_no_weight(twins):
 def test_the_cost_is_that_of_the_arm_run_alone(studied, twins):
     arm, _, alone = twins
     ledger = pd.read_parquet(alone / "ledger.parquet").query("stage != '05_eval'")
-    _, runs = answers.collect(studied[0], [Job(arm, 0)])
+    _, runs = results_of_runs.collect(studied[0], [Job(arm, 0)])
     expected = [ledger[ledger.iter.fillna(0) <= k].unet_forwards.sum() for k in range(4)]
     assert runs.forwards.dropna().tolist() == expected
 
@@ -247,7 +249,7 @@ def test_the_points_of_a_figure_lie_within_its_axes(results):
 
     two = dataclasses.replace(results, arms=["SAIL", "no mixup"])
     table = answers.table_of(results).set_index("row")
-    figure = answers.draw_over_setting(two, "pairs")
+    figure = figures.draw_over_setting(two, "pairs")
     for axis, score in zip(figure.axes, ("utility", "alignment")):
         gains = table.loc[two.arms, score] - table.loc["base", score]
         left, right = axis.get_xlim()
@@ -259,7 +261,7 @@ def test_the_points_of_a_figure_lie_within_its_axes(results):
 
 
 def test_arms_of_a_figure_stand_at_their_own_settings(results):
-    lines = answers.lines_over(results, "alpha")
+    lines = figures.lines_over(results, "alpha")
     at = {method: [point[0] for point in points["utility"]] for method, points in lines.items()}
     assert at == {"SAIL": [.25, .25], "random pair": [.25], "no mixup": [1.], "seed only": [0.],
                   "self-confidence": [.25]}
@@ -295,7 +297,7 @@ def test_primary_comparisons_name_rows_of_their_questions():
     rows = {"Iter0", *(row.partition("=")[0] for row in questions.CONTROLS)}
     for name in primary.QUESTIONS:
         rows |= set(questions.QUESTIONS[name].arms)
-    assert {name for pair in questions.PRIMARY for name in pair} <= rows
+    assert {name for pair in questions.PRIMARY + questions.SECONDARY for name in pair} <= rows
 
 
 # ---- what is kept of the runs ----
@@ -309,7 +311,7 @@ def kept(results, tmp_path, monkeypatch):
 
 
 def test_every_table_comes_out_of_what_is_kept(kept):
-    again = answers.results_of(*published.read(), ARMS, range(1))
+    again = results_of_runs.results_of(*published.read(), ARMS, range(1))
     pd.testing.assert_frame_equal(answers.table_of(again), answers.table_of(kept), atol=2e-4)
 
 

@@ -33,6 +33,7 @@ from lib.settings import ROOT, Parser, require
 from lib.settings import build_parser as settings_parser
 from lib.study import answers, cost, judge, primary, published
 from lib.study.questions import ARMS, MAIN_QUESTIONS, QUESTIONS, Question
+from lib.study.results import collect, results_of
 from lib.study.runner import Job, folder_of, is_done, planned_settings, run_all
 from lib.study.tune import all_jobs, tune
 
@@ -135,7 +136,7 @@ def answer_questions(
         elif name == "judge":
             answer_judge(out, question, arms, runs)
         else:
-            results = answers.results_of(scores, runs, arms, range(question.seeds))
+            results = results_of(scores, runs, arms, range(question.seeds))
             answers.answer(out, name, question, results, left_out.values())
 
     # Their rows stand in several questions.
@@ -143,7 +144,7 @@ def answer_questions(
     if len(asked) == len(primary.QUESTIONS):
         arms = [arm for question in asked for arm in question.arms if arm in set(runs.arm)]
         seeds = range(min(question.seeds for question in asked))
-        primary.answer(out, answers.results_of(scores, runs, list(dict.fromkeys(arms)), seeds))
+        primary.answer(out, results_of(scores, runs, list(dict.fromkeys(arms)), seeds))
 
 
 def answer_judge(out: Path, question: Question, arms: list[str], runs: pd.DataFrame) -> None:
@@ -192,7 +193,7 @@ def main(argv: list[str]) -> None:
 
     # Gather what the runs say, and answer.
     ended = [job for job in jobs if (job.arm, job.seed) not in failed]
-    scores, runs = answers.collect(out, ended)
+    scores, runs = collect(out, ended)
     published.keep(scores, runs, out)
     answer_questions(out, questions, scores, runs, failed)
     print(published.tell_equal(runs))

@@ -23,7 +23,8 @@ from lib.rivals.root_error import root_reward
 from lib.rivals.self_confidence import NOISES
 from lib.run import CANDIDATE_COLUMNS, DRAW_COLUMNS, read_table, write_text
 from lib.sheets import read_pictures
-from lib.study.answers import new_figure, number, save_figure
+from lib.study.answers import number
+from lib.study.figures import new_figure, save_figure
 from lib.study.means import interval
 from lib.study.questions import ARMS
 from lib.world import people

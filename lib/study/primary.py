@@ -5,72 +5,80 @@ writes  <out>/primary.md, <out>/primary.csv
 The rows come from several questions, of the same run seeds. Several looks are corrected together.
 """
 
+import math
 from pathlib import Path
 
 import pandas as pd
 
 from lib.eval.table import markdown
 from lib.run import write_text
-from lib.study.answers import Results, rows_of
+from lib.study.answers import rows_of
 from lib.study.means import holm, interval, p_value
-from lib.study.questions import PRIMARY
+from lib.study.questions import PRIMARY, SECONDARY
+from lib.study.results import Results
 
 QUESTIONS = ("rivals", "better")
-TITLE = "Primary comparisons"
+TITLE = "Primary comparisons, corrected for looking at all of them"
 
 # Below this a difference is not put down to luck.
 LEVEL = 0.05
 
 
-def compare(results: Results) -> pd.DataFrame:
-    """A line for each primary comparison whose two rows are there.
+def compare(results: Results, pairs: tuple[tuple[str, str], ...]) -> pd.DataFrame:
+    """A line for each pair of rows that are there, on the run seeds that both have.
 
-    row, over, seeds, mean, low, high (of the gain in utility), p, and p_holm: p corrected for all
-    that are there. Of one run seed there is neither.
+    row, over, seeds; mean, low, high of the gain in utility; and p, which one run seed has not.
     """
     rows = {row.name: row for row in rows_of(results)}
     lines = []
-    for name, other in PRIMARY:
+    for name, other in pairs:
         if name in rows and other in rows:
             gain = results.gains(rows[name], rows[other], "utility").to_numpy()
             mean, low, high = interval(gain)
-            line = {"row": name, "over": other, "seeds": len(gain),
-                    "mean": mean, "low": low, "high": high}
+            p = math.nan
             if len(gain) > 1:
-                line["p"] = p_value(gain)
-            lines.append(line)
-
-    table = pd.DataFrame(lines)
-    if "p" in table:
-        table["p_holm"] = holm(table.p)
-    return table
+                p = p_value(gain)
+            lines.append((name, other, len(gain), mean, low, high, p))
+    return pd.DataFrame(lines, columns=["row", "over", "seeds", "mean", "low", "high", "p"])
 
 
 def readable(table: pd.DataFrame) -> str:
-    """The comparisons as people read them, in Markdown."""
+    """The comparisons as people read them, in Markdown; with p_holm, if they have it."""
     rows = []
     for line in table.to_dict("records"):
-        verdict = "not told from luck"
-        if line["p_holm"] < LEVEL:
-            verdict = "better" if line["mean"] > 0 else "worse"
-        rows.append({
+        row = {
             "comparison": f"{line['row']} over {line['over']}",
+            "run seeds": line["seeds"],
             "utility, 95 % interval": f"{line['mean']:+.3f} [{line['low']:+.3f}, "
                                       f"{line['high']:+.3f}]",
-            "p": f"{line['p']:.4f}",
-            "p, corrected (Holm)": f"{line['p_holm']:.4f}",
-            "verdict": verdict,
-        })
+        }
+        if "p_holm" in table:
+            row["p"] = f"{line['p']:.4f}"
+            row["p, corrected (Holm)"] = f"{line['p_holm']:.4f}"
+            row["verdict"] = verdict(line)
+        rows.append(row)
     return markdown(pd.DataFrame(rows))
 
 
+def verdict(line: dict) -> str:
+    """What a comparison says, in words."""
+    if line["p_holm"] >= LEVEL:
+        return "not told from luck"
+    return "better" if line["mean"] > 0 else "worse"
+
+
 def answer(out: Path, results: Results) -> None:
-    """Write and print the primary comparisons, where there are several run seeds."""
-    table = compare(results)
-    if "p" not in table:
+    """Write and print the primary comparisons, and the next; only where there are run seeds."""
+    table = compare(results, PRIMARY)
+    further = compare(results, SECONDARY)
+    if table.seeds.max() < 2:
         return
 
-    text = f"{TITLE}; {table.seeds.min()} run seeds\n\n{readable(table)}"
+    table["p_holm"] = holm(table.p)
+    text = f"{TITLE}\n\n{readable(table)}"
+    if len(further):
+        text += f"\nSecondary, not corrected\n\n{readable(further)}"
     write_text(text, out / "primary.md")
-    write_text(table.to_csv(index=False, float_format="%.5g"), out / "primary.csv")
+    both = pd.concat([table, further])
+    write_text(both.to_csv(index=False, float_format="%.5g"), out / "primary.csv")
     print(text)

@@ -21,7 +21,7 @@ RUNS, SCORES, JUDGE = "runs.csv", "scores.parquet", "judge.csv"
 
 
 def keep(scores: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> None:
-    """Write what answers.collect() found into a folder."""
+    """Write what results.collect() found into a folder."""
     # Utility is alignment + 2 x aesthetics; of a single picture's score four digits will do.
     small = scores.round({"aesthetics": 4}).astype({"arm": "category", "model": "category", "seed": "int16",
                            "prompt_id": "int32", "alignment": "float32", "aesthetics": "float32"})
@@ -31,7 +31,7 @@ def keep(scores: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> None:
 
 
 def read() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The published scores and runs, as answers.collect() has them."""
+    """The published scores and runs, as results.collect() has them."""
     scores = pd.read_parquet(FOLDER / SCORES).astype({"arm": "str", "model": "str"})
     scores = scores.astype({"alignment": "float64", "aesthetics": "float64"})
     scores["utility"] = scores.alignment + 2 * scores.aesthetics

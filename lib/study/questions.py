@@ -199,6 +199,18 @@ PRIMARY = (
     ("SPO", "SAIL"),
 )
 
+# What one wants to know next, once these are told: no p-values, intervals alone.
+SECONDARY = (
+    ("balanced", "seed only"),
+    ("root, t above 500", "seed only"),
+    ("root, t above 500", "Iter0 extrapolated"),
+    ("root, t above 500", "Iter0 as guidance"),
+    ("root, t above 500", "balanced"),
+    ("root, t above 500", "random pair"),
+    ("SPO", "root, t above 500"),
+    ("online DPO", "root, t above 500"),
+)
+
 
 # ---- tuning: `study --tune` ----
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from lib.run import write_text
-from lib.study.answers import SCORES, collect
 from lib.study.questions import (ALIGNMENT_LOSS, ARMS, CONTROL_GRID, GRID, RIVAL_GRID, TUNE_ARMS,
                                  TUNE_PROMPTS, TUNE_SEED)
+from lib.study.results import SCORES, collect
 from lib.study.runner import Job, run_all
 
 CONTROLLED = "seed only"        # the arm whose Iter0 the controls are made from

@@ -38,7 +38,7 @@ from lib.lend import files_at, lend
 from lib.run import UserError, run_stage, write_text
 from lib.settings import ROOT, Parser, Settings, load, require
 from lib.settings import build_parser as settings_parser
-from lib.study.answers import draw_line, new_figure, save_figure
+from lib.study.figures import draw_line, new_figure, save_figure
 from lib.study.means import interval
 from lib.study.runner import make_pool, run_rounds
 from lib.taste import person, tally, votes

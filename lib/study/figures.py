@@ -1,0 +1,165 @@
+"""The study's figures: gains in utility and alignment, with their intervals over run seeds."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib.run import atomic
+from lib.study.means import interval
+from lib.study.questions import method_of
+from lib.study.results import Results, is_round
+
+# What an arm's settings may be drawn against, and in words.
+AXES = {
+    "pairs": "human pairs",
+    "label_noise": "label noise (temperature, in units of utility)",
+    "alpha": "alpha, the share of self-made pairs",
+}
+
+
+
+def new_figure(columns: int, size: tuple[float, float], **options):
+    """A figure and its axes, a row of them; nothing is shown on a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, columns, figsize=size, **options)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a figure as PNG, and close it."""
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def draw_side_by_side(table: pd.DataFrame):
+    """Left: every row's gain over the base with its interval, a tick per run seed.
+
+    Right: the same gains against what they cost.
+    """
+    rows = table[table["over base"].notna()].to_dict("records")
+    height = 0.35 * len(rows) + 1.4
+    figure, (left, right) = new_figure(2, (10, height), width_ratios=(1.4, 1))
+
+    for i, row in enumerate(rows):
+        color = f"C{i % 10}"
+        mean = row["over base"]
+        reach = [[mean - row["over base low"]], [row["over base high"] - mean]]
+        left.errorbar(mean, -i, xerr=reach, fmt="o", color=color, capsize=3, markersize=5)
+        by_seed = [float(value) for value in row["over base, by seed"].split()]
+        left.plot(by_seed, [-i - 0.22] * len(by_seed), "|", color=color, markersize=5)
+
+        # The controls have no cost of their own.
+        if not pd.isna(row["UNet forwards"]):
+            place = (row["UNet forwards"] / 1e3, mean)
+            right.plot(*place, "o", color=color)
+            right.annotate(row["row"], place, fontsize=6, xytext=(3, 3),
+                           textcoords="offset points")
+
+    left.set_yticks([-i for i in range(len(rows))], [row["row"] for row in rows], fontsize=8)
+    left.axvline(0, color="gray", lw=0.8)
+    left.set_xlabel("utility: gain over base")
+    right.set_xlabel("UNet forwards, thousands")
+    right.set_ylabel("utility: gain over base")
+    right.margins(x=0.25)  # room for the names
+    return figure
+
+
+def draw_over_forwards(table: pd.DataFrame, first_arm: str):
+    """Every row's gain over the base against what its rounds cost; a band for the first arm's."""
+    rows = table[(table["in the rounds"] > 0) & table["over base"].notna()].to_dict("records")
+    figure, axis = new_figure(1, (9, 5))
+    for i, row in enumerate(rows):
+        mean, low, high = (row[f"over base{end}"] for end in ("", " low", " high"))
+        color = f"C{i % 10}"
+        if row["row"] == first_arm:
+            color = "black"
+            axis.axhspan(low, high, color="gray", alpha=0.12, linewidth=0)
+            axis.axhline(mean, color="gray", lw=0.8)
+        axis.errorbar(row["in the rounds"] / 1e3, mean, [[mean - low], [high - mean]], fmt="o",
+                      color=color, capsize=3, markersize=5, label=row["row"])
+
+    axis.set(xlabel="UNet forwards in the rounds, thousands", ylabel="utility: gain over base")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_over_setting(results: Results, setting: str):
+    """Gains in utility and alignment against a setting, one of AXES; a line per method."""
+    figure, axes = new_figure(2, (9, 3.8))
+    lines = lines_over(results, setting)
+    for axis, score in zip(axes, ("utility", "alignment")):
+        for i, (method, points) in enumerate(lines.items()):
+            # Lines lie side by side, so that their intervals can be told apart.
+            draw_line(axis, points[score], 5 * (i - (len(lines) - 1) / 2), f"C{i}", method)
+        if setting == "pairs":
+            axis.set_xscale("log", base=2)
+        axis.set_xlabel(AXES[setting])
+        axis.set_ylabel(f"{score}: gain over base")
+        axis.axhline(0, color="gray", lw=0.8)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def lines_over(results: Results, setting: str) -> dict[str, dict[str, list]]:
+    """For each method and score the points (setting, mean gain, low, high) of its arms."""
+    lines = {}
+    for arm in results.arms:
+        last = [model for model in results.models(arm) if is_round(model)][-1]
+        points = lines.setdefault(method_of(arm), {"utility": [], "alignment": []})
+        x = results.runs_of(arm)[setting].max()
+        for score in points:
+            points[score].append((x, *interval(results.gains_over_base(arm, last, score))))
+    return lines
+
+
+def draw_line(axis, points: list[tuple], shift: float, color: str, label: str) -> None:
+    """Points (x, y, low, high) with their intervals, drawn `shift` points to the right."""
+    from matplotlib.transforms import offset_copy
+
+    x, y, low, high = np.array(sorted(points)).T
+
+    # The limits of an axis do not count what is shifted: an invisible line sets them.
+    axis.plot([*x, *x], [*low, *high], alpha=0)
+    shifted = offset_copy(axis.transData, axis.figure, shift, 0, "points")
+    axis.errorbar(x, y, [y - low, high - y], fmt="o-", capsize=3, color=color, label=label,
+                  transform=shifted)
+
+
+def draw_over_rounds(results: Results):
+    """By round: gains in utility and alignment, the judge's accuracy, and diversity."""
+    figure, axes = new_figure(4, (14, 3.4))
+    for i, arm in enumerate(results.arms):
+        color = f"C{i}"
+        rounds = [m for m in results.models(arm) if is_round(m) and m != "base"]
+        for axis, score in zip(axes[:2], ("utility", "alignment")):
+            gains = [interval(results.gains_over_base(arm, model, score)) for model in rounds]
+            y, low, high = np.array(gains).T
+            axis.fill_between(rounds, low, high, alpha=0.12, color=color, linewidth=0)
+            axis.plot(rounds, y, "o-", color=color, markersize=4, label=arm)
+            axis.set_title(f"{score}: gain over base", fontsize=9)
+
+        # Every round but the last has a judge: it is the next round's.
+        runs = results.runs_of(arm)
+        runs = runs[runs.accuracy.notna()]
+        judge = runs.groupby("model")[["accuracy", "diversity"]].mean()
+        for axis, column in zip(axes[2:], judge.columns):
+            axis.plot(judge.index, judge[column], "o-", color=color, markersize=4)
+
+    axes[2].set_title("self-judge on held-out human pairs", fontsize=9)
+    axes[3].set_title("diversity", fontsize=9)
+    axes[0].legend(fontsize=7)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure
