@@ -3,6 +3,7 @@ in its ledger; and the tables say what the runs did."""
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -495,3 +496,46 @@ def test_a_question_is_answered_without_an_arm_that_ended_early(studied, capsys,
 def test_one_run_seed_has_no_interval():
     assert judge.cell(pd.Series([.63])) == "0.630"
     assert judge.cell(pd.Series([.6, .7])).startswith("0.650 [")
+
+
+# ---- the findings ----
+
+@pytest.fixture(scope="module")
+def published_answers(tmp_path_factory):
+    """What the main questions are answered from the published runs: every line, as it is printed.
+    """
+    out = tmp_path_factory.mktemp("published")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers.figures, "save_figure", lambda figure, path: None)
+        command.main(["--out", str(out), "--published"])
+    texts = [file.read_text() for file in sorted(out.glob("*.md"))]
+    texts.append(judge.readable(pd.read_csv(published.FOLDER / published.JUDGE)))
+    return "\n".join(texts).splitlines()
+
+
+FINDINGS = (ROOT / "lib/study/README.md").read_text().splitlines()
+
+
+def test_the_tables_of_the_findings_are_those_of_the_published_runs(published_answers):
+    shown = [line for line in published_answers if line.startswith("|")]
+    assert len(shown) > 40
+    assert set(shown) <= set(FINDINGS)
+
+
+def test_the_claims_tell_gains_that_the_tables_have(published_answers):
+    """But for the questions whose runs are not kept, which say the commit that they are of."""
+    begin = FINDINGS.index("## The paper's claims, and its reviewers' questions")
+    claims = [line for line in FINDINGS[begin + 1:FINDINGS.index("## How it is measured")]
+              if line.startswith("|") and "4461184" not in line]
+    told = [gain for line in claims for gain in re.findall(r"[+-][\d.]+ \[[^]]*\]", line)]
+    tables = "\n".join(published_answers)
+    assert len(told) > 8
+    assert [gain for gain in told if gain not in tables] == []
+
+
+def test_every_published_run_says_what_made_it():
+    scores, runs = published.read()
+    assert runs[["settings", "commit", "cpu"]].notna().all().all()
+    trained = runs[runs.model.str.fullmatch(r"Iter\d|spo")]
+    assert trained.weights.str.fullmatch("[0-9a-f]{12}").all()
+    assert set(scores.arm) == set(runs.arm)
