@@ -27,8 +27,8 @@ from lib.study.runner import Job, is_done, models_of, planned_settings, same_arm
 # not counted: files, scores, figures, the stages' start.
 SHARE = 0.3
 
-# A rival's backward passes, as a share of the arithmetic of its forwards: of SPO's 85,000, 13,000 are
-# trained on, and a backward pass is two forwards.
+# A rival's backward passes, as a share of the arithmetic of its forwards: of SPO's 85,000, 13,000
+# are trained on, and a backward pass is two forwards.
 BACKWARDS = {"spo": 0.31}
 
 COUNTED = ["images", "unet_forwards", "optimizer_steps"]

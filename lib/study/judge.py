@@ -4,8 +4,8 @@ Two things are measured for several ways to use a reward's draws. How often does
 what people preferred, on held-out pairs? And how far apart in true utility are the best and the
 worst candidate that it picks? The second looks at the oracle, as an evaluation may. The runs are
 finished ones of the arm SAIL, one a run seed; nothing is asked of a model again. Other judges,
-whose arms have the same human pairs, Iter0 and first candidates, stand beside it, and the preference
-model of SPO, which has met the same held-out pairs at the same draws.
+whose arms have the same human pairs, Iter0 and first candidates, stand beside it, and the
+preference model of SPO, which has met the same held-out pairs at the same draws.
 """
 
 import json

@@ -23,9 +23,9 @@ RUNS, SCORES, JUDGE = "runs.csv", "scores.parquet", "judge.csv"
 def keep(scores: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> None:
     """Write what results.collect() found into a folder."""
     # Utility is alignment + 2 x aesthetics; of a single picture's score four digits will do.
-    small = scores.round({"aesthetics": 4}).astype({"arm": "category", "model": "category", "seed": "int16",
-                           "prompt_id": "int32", "alignment": "float32", "aesthetics": "float32"})
-    small = small[["arm", "seed", "model", "prompt_id", "alignment", "aesthetics"]]
+    kinds = {"arm": "category", "seed": "int16", "model": "category", "prompt_id": "int32",
+             "alignment": "float32", "aesthetics": "float32"}
+    small = scores.round({"aesthetics": 4}).astype(kinds)[list(kinds)]
     write_text(runs.to_csv(index=False), folder / RUNS)
     write_table(small, folder / SCORES)
 

@@ -1,8 +1,8 @@
 """How the arms' beta and learning rate were chosen: `./run_sail.sh study --tune`.
 
 Every arm of TUNE_ARMS is run with every setting of GRID, and every rival of RIVAL_GRID with its
-own, each setting in a folder of its own, and judged on development prompts. Writes tune.csv; what it
-found stands in questions.TUNED, of rivals in their files.
+own, each setting in a folder of its own, and judged on development prompts. Writes tune.csv; what
+it found stands in questions.TUNED, of rivals in their files.
 """
 
 from collections.abc import Iterator
