@@ -93,6 +93,8 @@ ARMS = {
     "root, 5 steps, 2 draws, N = 4": Arm(f"{ROOT} {FIVE_STEPS} --draws 2 --candidates 4"),
     "root, 5 steps, 2 draws, N = 4, half": Arm(
         f"{ROOT} {FIVE_STEPS} --draws 2 --candidates 4 {HALF_PROMPTS}"),
+    "root, 3 steps, 2 draws, N = 4, half": Arm(
+        f"{ROOT} {THREE_STEPS} --draws 2 --candidates 4 {HALF_PROMPTS}"),
 
     # The share of self-made pairs, with three judges.
     "SAIL, alpha 0.5": Arm("--alpha 0.5", method="SAIL"),
@@ -156,8 +158,8 @@ QUESTIONS = {
     "cheap": Question("What SAIL's gain must cost", seeds=5, arms=(
         "SAIL", "root, t above 500", "root, 4 draws", "root, 2 draws", "root, N = 4",
         "root, 5 steps", "root, 3 steps", "root, half the prompts", "root, 5 steps, 4 draws",
-        "root, 5 steps, 2 draws, N = 4", "root, 5 steps, 2 draws, N = 4, half", "seed only"),
-        over="forwards"),
+        "root, 5 steps, 2 draws, N = 4", "root, 5 steps, 2 draws, N = 4, half",
+        "root, 3 steps, 2 draws, N = 4, half", "seed only"), over="forwards"),
     "reward": Question("The reward's settings", seeds=3, arms=(
         "SAIL", "1 draw", "4 draws", "30 draws", "N = 4", "N = 16", "t below 500", "t above 500",
         "anchor Iter0")),
