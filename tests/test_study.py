@@ -13,9 +13,10 @@ from conftest import ROOT, refused
 from safetensors.torch import load_file
 
 from lib import lend
+from lib.plan.counts import counts
 from lib.plan.stages import load_stage
 from lib.run import UserError
-from lib.settings import Settings, build_parser, load
+from lib.settings import PRESETS, Settings, build_parser, check, load
 from lib.sheets import read_pictures
 from lib.study import __main__ as command
 from lib.study import (answers, cost, figures, judge, means, primary, published, questions, runner,
@@ -539,3 +540,16 @@ def test_every_published_run_says_what_made_it():
     trained = runs[runs.model.str.fullmatch(r"Iter\d|spo")]
     assert trained.weights.str.fullmatch("[0-9a-f]{12}").all()
     assert set(scores.arm) == set(runs.arm)
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sdxl"])
+def test_the_thrifty_line_of_the_findings_is_one_that_the_preset_takes(preset):
+    [line] = [line for line in FINDINGS if line.strip().startswith(f"./run_sail.sh {preset} --")]
+    given = vars(build_parser("").parse_args(line.split()[2:]))
+    plain = Settings(**PRESETS[preset])
+    thrifty = dataclasses.replace(plain, **given)
+    check(thrifty)
+
+    # Candidates are most of a run.
+    forwards = [counts(s).unet_forwards.sum() for s in (plain, thrifty)]
+    assert forwards[1] < .25 * forwards[0]
