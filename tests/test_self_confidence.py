@@ -204,7 +204,7 @@ def test_the_plan_counts_its_forwards(confident):
 
 def test_the_question_judge_has_it_beside_the_papers_reward(mini, confident):
     run, s = confident
-    table = judge.measure(judge.read_round(mini, 1), {"self-confidence": run / "iter1"})
+    table = judge.measure(judge.read_round(mini, 1), {"self-confidence": run})
     table = table.set_index("draws")
     assert table.accuracy["self-confidence"] == pytest.approx(judge_of(run, 1)["accuracy"])
     assert table.forwards["self-confidence"] == self_confidence.PROBES
