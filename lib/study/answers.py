@@ -81,7 +81,10 @@ def fact_columns(results: Results, row: Row) -> dict:
         pairs = 0
     accuracy = np.nan
     if row.name == row.arm:
-        accuracy = runs.accuracy.mean()
+        judges = runs
+        if ARMS[row.arm].rival:
+            judges = runs[runs.model == row.model]
+        accuracy = judges.accuracy.mean()
     forwards = runs[runs.model == row.model].forwards.mean()
 
     # What the rounds alone cost: who has human pairs and an Iter0 pays no more than this.
