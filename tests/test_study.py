@@ -404,9 +404,10 @@ def test_the_judge_is_answered_from_finished_runs(studied, tmp_path):
     (of_spo / "rivals/spo/judge.json").write_text('{"accuracy": 0.625}')
     by_tenth = pd.DataFrame({"tenth": range(10), "judgements": 20, "spo": .6})
     by_tenth.to_parquet(of_spo / "rivals/spo/judge.parquet")
-    others = {"self-confidence": [folder_of(studied[0], "self-confidence", 0)], "SPO": [of_spo]}
+    others = {"self-confidence": {0: folder_of(studied[0], "self-confidence", 0)},
+              "SPO": {0: of_spo}}
 
-    judge.answer(tmp_path, "title", [folder_of(studied[0], "SAIL", 0)], others)
+    judge.answer(tmp_path, "title", {0: folder_of(studied[0], "SAIL", 0)}, others)
     table = pd.read_csv(tmp_path / "judge.csv").set_index("draws")
     assert (table.gap.dropna() <= table.gap["best and worst in truth"] + 1e-4).all()
     assert table.accuracy.dropna().between(0, 1).all()

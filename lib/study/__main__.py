@@ -148,12 +148,11 @@ def answer_questions(
 
 
 def answer_judge(out: Path, question: Question, arms: list[str], runs: pd.DataFrame) -> None:
-    """Answer the question of the judge, with the run seeds that all its arms have."""
-    seeds = []
-    for seed in range(question.seeds):
-        if set(arms) <= set(runs.arm[runs.seed == seed]):
-            seeds.append(seed)
-    folders = {arm: [folder_of(out, arm, seed) for seed in seeds] for arm in arms}
+    """Answer the question of the judge, each arm on the run seeds that it has."""
+    folders = {}
+    for arm in arms:
+        seeds = sorted(set(runs.seed[runs.arm == arm]) & set(range(question.seeds)))
+        folders[arm] = {seed: folder_of(out, arm, seed) for seed in seeds}
     judge.answer(out, question.title, folders.pop("SAIL"), folders)
 
 

@@ -213,16 +213,16 @@ def tenths_of_rival(arm: str, run: Path) -> pd.DataFrame:
 
 # ---- the answer ----
 
-def answer(out: Path, title: str, runs: list[Path],
-           others: dict[str, list[Path]] | None = None) -> None:
+def answer(out: Path, title: str, runs: dict[int, Path],
+           others: dict[str, dict[int, Path]] | None = None) -> None:
     """Write judge.md, judge.csv and judge.png of round 1's judge, over runs; print the table.
 
-    `others` are the runs of other judges by name, run seed by run seed as in `runs`.
+    `runs` are by their run seeds, and so are those of other judges, by their names.
     """
     choices, tenths, of_rivals = [], [], []
-    for number, run in enumerate(runs):
+    for seed, run in runs.items():
         judged = read_round(run, 1)
-        folders = {name: theirs[number] for name, theirs in (others or {}).items()}
+        folders = {name: theirs[seed] for name, theirs in (others or {}).items() if seed in theirs}
         choices.append(measure(judged, folders).assign(run=run.name))
         tenths.append(measure_tenths(judged.held_out).assign(run=run.name))
         for name, folder in folders.items():
@@ -245,7 +245,10 @@ def readable(table: pd.DataFrame) -> str:
     rows = []
     for choice in table.draws.unique():
         over = accuracy.loc[choice] - accuracy.loc[ALL]
-        rows.append({"judge": choice,
+        seeds = {}
+        if table.draws.value_counts().nunique() > 1:
+            seeds = {"run seeds": (table.draws == choice).sum()}
+        rows.append({"judge": choice, **seeds,
                      "forwards a candidate": number(forwards[choice], "{:.0f}"),
                      "agrees with people": cell(accuracy.loc[choice]),
                      "over the paper's": cell(over),
@@ -254,8 +257,9 @@ def readable(table: pd.DataFrame) -> str:
 
 
 def cell(by_run: pd.Series) -> str:
-    """Mean and interval over run seeds; empty where a number is missing."""
-    if by_run.isna().any():
+    """Mean and interval over the run seeds that have the number; empty where none has."""
+    by_run = by_run.dropna()
+    if by_run.empty:
         return ""
 
     # One run seed says nothing of others.
