@@ -510,7 +510,8 @@ def published_answers(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answers.figures, "save_figure", lambda figure, path: None)
         command.main(["--out", str(out), "--published"])
-    texts = [file.read_text() for file in sorted(out.glob("*.md"))]
+    files = sorted(out.with_name(f"{out.name}-published").glob("*.md"))
+    texts = [file.read_text() for file in files]
     texts.append(judge.readable(pd.read_csv(published.FOLDER / published.JUDGE)))
     return "\n".join(texts).splitlines()
 

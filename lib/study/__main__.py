@@ -164,7 +164,10 @@ def main(argv: list[str]) -> None:
         if "judge" in questions:
             print(judge.readable(pd.read_csv(published.FOLDER / published.JUDGE)))
             del questions["judge"]
+        # Not among the answers of one's own runs.
+        out = out.with_name(f"{out.name}-published")
         answer_questions(out, questions, *published.read(), failed={})
+        print(f"tables and figures: {out}")
         return
 
     jobs = jobs_of(questions, more)
