@@ -141,8 +141,8 @@ def answer_questions(
 
     # Their rows stand in several questions.
     asked = [question for name, question in questions.items() if name in primary.QUESTIONS]
-    if len(asked) == len(primary.QUESTIONS):
-        arms = [arm for question in asked for arm in question.arms if arm in set(runs.arm)]
+    arms = [arm for question in asked for arm in question.arms if arm in set(runs.arm)]
+    if arms and len(asked) == len(primary.QUESTIONS):
         seeds = range(min(question.seeds for question in asked))
         primary.answer(out, results_of(scores, runs, list(dict.fromkeys(arms)), seeds))
 

@@ -71,7 +71,8 @@ def answer(out: Path, results: Results) -> None:
     """Write and print the primary comparisons, and the next; only where there are run seeds."""
     table = compare(results, PRIMARY)
     further = compare(results, SECONDARY)
-    if table.seeds.max() < 2:
+    table = table[table.seeds > 1].copy()
+    if table.empty:
         return
 
     table["p_holm"] = holm(table.p)

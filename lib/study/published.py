@@ -5,8 +5,9 @@ published/runs.csv          a row per run and model: its settings, what it cost 
 published/scores.parquet    arm, seed, model, prompt_id, alignment and aesthetics of every prompt
 published/judge.csv         what the question `judge` measured, a row per run and judge
 
-From these every table of lib/study/README.md is made again, interval by interval, without a run. A
-study writes the same of its own runs, and says how many of them are the published ones to the last
+From these the tables of the main questions in lib/study/README.md are made again, interval by
+interval, without a run; of the other questions, measured at an earlier commit, none is kept. A study
+writes the same of its own runs, and says how many of them are the published ones to the last
 bit of their weights.
 """
 
