@@ -6,8 +6,8 @@ published/scores.parquet    arm, seed, model, prompt_id, alignment and aesthetic
 published/judge.csv         what the question `judge` measured, a row per run and judge
 
 From these the tables of the main questions in lib/study/README.md are made again, interval by
-interval, without a run; of the other questions, measured at an earlier commit, none is kept. A study
-writes the same of its own runs, and says how many of them are the published ones to the last
+interval, without a run; of the other questions, measured at an earlier commit, no run is kept. A
+study writes the same of its own runs, and says how many of them are the published ones to the last
 bit of their weights.
 """
 
