@@ -308,7 +308,7 @@ def save_model(s: Settings, k: int, policy) -> None:
         policy = lora.fuse(base, folder / "lora")
 
     # The folder gets its name when it is whole; the checkpoint is then of no more use.
-    policy = policy.to("cpu", memory_format=torch.contiguous_format)
+    policy = policy.to("cpu")
     with atomic_folder(folder / "unet") as temporary:
         policy.save_pretrained(temporary)
     (folder / "checkpoint.pt").unlink(missing_ok=True)

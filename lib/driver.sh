@@ -40,10 +40,10 @@ if [[ ${SAIL_LAUNCH:-} == "accelerate launch "* && $SAIL_LAUNCH != *--config_fil
     SAIL_LAUNCH="accelerate launch $told ${SAIL_LAUNCH#accelerate launch }"
 fi
 
-# A stage is `python 0X_stage.py ... --run=RUN`. On Linux without a GPU one Python that has imported
-# torch forks them all, so that only the first of them waits for the import (lib/warm.py);
-# SAIL_LAUNCH starts them its own way.
-if [ -n "${SAIL_LAUNCH:-}" ] || [ "$(uname)" != Linux ] || command -v nvidia-smi >/dev/null; then
+# A stage is `python 0X_stage.py ... --run=RUN`. On Linux one Python that has imported torch forks
+# them all, so that only the first of them waits for the import (lib/warm.py); SAIL_LAUNCH starts
+# them its own way.
+if [ -n "${SAIL_LAUNCH:-}" ] || [ "$(uname)" != Linux ]; then
     [ "$python" = python ] || PATH="${python%/*}:$PATH"         # for SAIL_LAUNCH="accelerate launch ..."
     launch() {
         ${SAIL_LAUNCH:-"$python"} "$root/$1" "${@:2}" "--run=$run" &

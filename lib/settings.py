@@ -252,9 +252,9 @@ class Settings:
         "recompute activations in the backward pass: less memory, a third more time",
         "off", free=True, choices=("off", "on"))
     compile: str = setting(
-        "torch.compile the UNets that sample and rank (minutes as a stage starts); a reference is "
-        "computed as its policy is",
-        "off", free=True, choices=("off", "on"))
+        "torch.compile the UNets that sample and rank (a minute or two as a stage starts; auto: on "
+        "a card, where that works); a reference is computed as its policy is",
+        "off", "auto", free=True, choices=("off", "on", "auto"))
     checkpoint_every: int = setting(
         "optimizer steps between checkpoints to resume from",
         40, 100, free=True)

@@ -1,9 +1,9 @@
 """One Python that has imported the libraries already, and forks a process for each stage of a run.
 
 Importing torch and diffusers takes some four seconds, which a stage of the embedded world hardly
-takes itself. The driver starts this program once, on Linux without a GPU, and writes the script and
-its arguments for each stage: one a line, and an empty line. The stage runs in a process of its
-own, as if it had been started alone; its exit code comes back on file descriptor 3.
+takes itself. The driver starts this program once, on Linux, and writes the script and its arguments
+for each stage: one a line, and an empty line. The stage runs in a process of its own, as if it had
+been started alone; its exit code comes back on file descriptor 3.
 
     python -m lib.warm <stages 3>codes
 """
@@ -17,7 +17,9 @@ import warnings
 from pathlib import Path
 
 # What every stage imports. Nothing is computed here: torch's threads start with the first
-# computation, and a process that has them must not fork.
+# computation, and a process that has them must not fork. Nor does it wake CUDA, which outlives no
+# fork: whether there is a card, torch then asks its driver's library alone.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 import pandas  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -482,3 +483,24 @@ def test_a_checkpoint_of_one_file_is_no_model_and_the_message_converts_it(
     assert called["kind"] == kind
     assert called["file"].endswith(Path(name).name)
     assert called["folder"] == str(tmp_path / "made")
+
+
+def test_auto_compiles_on_a_card_where_that_works(monkeypatch, capsys):
+    s = Settings(**PRESETS["sd15"])
+    assert s.compile == "auto"
+    assert not models.is_compiled(replace(s, device="cpu"))
+    assert models.is_compiled(replace(s, device="cpu", compile="on"))
+
+    # A card that is not here compiles nothing.
+    monkeypatch.setattr(models, "device_of", lambda s: torch.device("cuda"))
+    models.can_compile.cache_clear()
+    assert not models.is_compiled(s)
+    told = capsys.readouterr().err
+    assert told.startswith("torch.compile does not work here (") and told.count("\n") == 1
+    assert not models.is_compiled(replace(s, compile="off"))
+
+    models.can_compile.cache_clear()
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(*size))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert models.is_compiled(s)
+    models.can_compile.cache_clear()

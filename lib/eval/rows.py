@@ -70,11 +70,8 @@ def load_row(s: Settings, where: int | str) -> torch.nn.Module:
     if control:
         return load_control(s, control)
 
-    # A model from elsewhere is laid out and compiled as the run's own models are.
-    unet = models.to_device(s, load_unet_at(s, where))
-    if s.compile == "on":
-        unet.compile()
-    return unet
+    # A model from elsewhere is compiled as the run's own models are.
+    return models.to_device(s, load_unet_at(s, where))
 
 
 def check(s: Settings, where: str) -> None:

@@ -1,7 +1,8 @@
 """Cards that a plan can be made for without having one: `--plan --gpu a100`.
 
 Nothing is measured here. The hours follow from a card's arithmetic and bandwidth, as its vendor
-states them, and from an assumed share of it; `--plan` on the card itself measures them.
+states them, and from the share of it that was reached on an H100; `--plan` on the card itself
+measures them.
 """
 
 from dataclasses import dataclass
@@ -57,9 +58,12 @@ CARDS = {
 # The card that stands in where there is none.
 DEFAULT = "h100"
 
-# ASSUMED: how much of a card's stated arithmetic a UNet or a VAE gets done (model FLOP
-# utilisation). Not measured with this project.
-SHARE = 0.3
+# How much of a card's stated arithmetic is done (model FLOP utilisation), measured on an H100 at
+# the presets' batches (tests/bench/RESULTS.md). Of other cards it is ASSUMED.
+SHARES = {
+    "sd15": {"encode": .17, "decode": .10, "eager": .28, "compiled": .39, "pair": .17},
+    "sdxl": {"encode": .13, "decode": .12, "eager": .40, "compiled": .48, "pair": .22},
+}
 
 # float32 on tensor cores (TF32) has half of the 16-bit speed; before Ampere there is none, and
 # plain float32 has an eighth.
@@ -89,16 +93,18 @@ class Estimate:
         self.parameters = sum(parameter.numel() for parameter in unet.parameters())
 
         # Seconds of a picture's VAE calls and forwards, and of a pair, by arithmetic alone.
-        speed = SHARE * card.tflops * 1e12
+        speed = card.tflops * 1e12
         if self.dtype == torch.float32:
             speed *= FLOAT32[card.dtype]
-        forward = self.flops("unet") / speed
+        shares = SHARES.get(s.preset, SHARES["sd15"])
+        way = "eager" if s.compile == "off" else "compiled"
+        forward = self.flops("unet") / speed / shares[way]
         self.seconds = {
-            "encode": self.flops("encode") / speed,
-            "decode": self.flops("decode") / speed,
+            "encode": self.flops("encode") / speed / shares["encode"],
+            "decode": self.flops("decode") / speed / shares["decode"],
             "sample": forward,
             "rank": forward,
-            "pair": forward * pair_arithmetic(s),
+            "pair": self.flops("unet") * pair_arithmetic(s) / speed / shares["pair"],
             "step": 0.,
         }
 
@@ -107,9 +113,12 @@ class Estimate:
             moved = BYTES_OF_STEP[s.optimizer] * self.parameters
             self.seconds["step"] = moved / (card.gb_per_second * 1e9)
 
+        origin = "ASSUMED, not measured"
+        if card == CARDS["h100"]:
+            origin = "as measured on an H100"
         self.notes = [
-            f"ASSUMED, not measured: {SHARE:.0%} of the {card.tflops:g} TFLOP/s (dense, "
-            f"{card.dtype}) that its vendor states; at {SHARE / 2:.0%} the hours double",
+            f"{origin}: of the {card.tflops:g} TFLOP/s (dense, {card.dtype}) that its vendor "
+            f"states, {shares[way]:.0%} in sampling and ranking, {shares['pair']:.0%} in training",
             "--plan on the card itself measures them; another card: --gpu " + ", ".join(CARDS),
         ]
         if card.dtype == "float16":

@@ -129,7 +129,7 @@ class Probe:
             return None
 
         unet = fill(unet, self.dtype, self.device)
-        if self.s.compile == "on":
+        if models.is_compiled(self.s):
             unet.compile()
 
         # Guidance doubles a sampler's batch.
@@ -282,8 +282,6 @@ def fill(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> to
     model.requires_grad_(False).eval()
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
     return model
 
 

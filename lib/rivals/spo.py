@@ -322,7 +322,7 @@ def save_model(s: Settings, policy, folder: Path) -> None:
         base = models.load_unet(on_cpu, BASE, trained=True)
         policy = lora.fuse(base, folder / "lora")
 
-    policy = policy.to("cpu", memory_format=torch.contiguous_format)
+    policy = policy.to("cpu")
     with atomic_folder(folder / "unet") as temporary:
         policy.save_pretrained(temporary)
     (folder / "checkpoint.pt").unlink(missing_ok=True)

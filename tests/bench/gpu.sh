@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a GPU is to prove and to measure, in about 25 minutes, without a network.
+# Everything that a GPU is to prove and to measure, without a network.
 #
 #   tests/bench/gpu.sh                            all steps; results in runs/gpu/results.md and results.jsonl
 #   tests/bench/gpu.sh --rehearse                 the same code on a CPU, shrunken, in a minute

@@ -158,22 +158,33 @@ def tell_forward(scale: Scale, results: Results, bench: Bench, name: str, unet, 
 
 
 def measure_sampling(scale: Scale, results: Results, preset: str) -> None:
+    tell_sampling(scale, results, preset, scale.batches(preset, "sample_batch"), "sampling")
+
+
+def tell_sampling(scale: Scale, results: Results, preset: str, batches: list[int], name: str,
+                  **changes) -> None:
     """Prompts in, picture files out, as stage 02 does it."""
     steps = steps_of(scale, preset)
-    bench = bench_of(scale, preset, "sampling", sample_steps=steps)
+    bench = bench_of(scale, preset, "sampling", sample_steps=steps, **changes)
     sides = Sampling(bench)
     count = len(sides.prompts) * bench.s.candidates
     flop = 2 * steps * flops_of(scale, preset, "unet") + flops_of(scale, preset, "decode")
-    for size in scale.batches(preset, "sample_batch"):
+    for size in batches:
         sides.s = replace(bench.s, sample_batch=size)
-        tell_rate(results, bench, f"sampling, {steps} steps, batch {size}", "images", count,
+        tell_rate(results, bench, f"{name}, {steps} steps, batch {size}", "images", count,
                   count * flop, sides.ours, scale.budget)
 
 
-def measure_vae(scale: Scale, results: Results, preset: str) -> None:
+def as_it_is(model, options: dict) -> None:
+    """As the stages have it."""
+
+
+def measure_vae(scale: Scale, results: Results, preset: str, title: str = "as it is",
+                change: Callable = as_it_is) -> None:
     """As many pictures as stages 01 and 02 hand over at once; lib/models.py divides them."""
     bench = bench_of(scale, preset, "vae")
     vae = models.load_vae(bench.s)
+    change(vae, {})
     size = models.ENCODE_BATCH
     if scale.rehearse:
         size = 2
@@ -181,44 +192,52 @@ def measure_vae(scale: Scale, results: Results, preset: str) -> None:
     latents = torch.randn(size, *models.latent_shape(bench.s), device=bench.device)
     for what, work in (("encode", functools.partial(models.encode, vae, pictures)),
                        ("decode", functools.partial(models.decode, vae, latents))):
-        tell_rate(results, bench, f"VAE {what}, {size} at once", "images", size,
+        tell_rate(results, bench, f"VAE {what}, {size} at once: {title}", "images", size,
                   size * flops_of(scale, preset, what), work, scale.budget)
 
 
-# ---- c-sd15-options, c-sdxl-options: what would make it faster ----
-
-def as_it_is(unet, options: dict) -> None:
-    """Eager, channels_last on a card."""
-
+# ---- c-*-forward, c-*-options: what would make it faster ----
 
 def contiguous(unet, options: dict) -> None:
     unet.to(memory_format=torch.contiguous_format)
 
 
+def channels_last(unet, options: dict) -> None:
+    unet.to(memory_format=torch.channels_last)
+
+
 def compile_blocks(unet, options: dict) -> None:
+    contiguous(unet, options)
     unet.compile_repeated_blocks(**options)
 
 
 def compile_whole(unet, options: dict) -> None:
+    contiguous(unet, options)
     unet.compile(**options)
 
 
-WAYS = {
-    "as it is": as_it_is,
-    "channels_last off": contiguous,
-    "torch.compile of the blocks": compile_blocks,
-    "torch.compile of the whole": compile_whole,
-}
+EAGER = {"contiguous": contiguous, "channels_last": channels_last}
+BLOCKS = {"torch.compile of the blocks": compile_blocks}
+WHOLE = {"torch.compile of the whole": compile_whole}
+
+
+def measure_ways(scale: Scale, results: Results, preset: str) -> None:
+    """Each way alone in sampling's forward, then in the VAE; and sampling with --compile on."""
+    for title, change in (EAGER | WHOLE | BLOCKS).items():
+        with attempt(results, f"forward: {title}"):
+            forward_in_a_way(scale, results, preset, title, change)
+    for title, change in EAGER.items():
+        with attempt(results, f"VAE: {title}"):
+            measure_vae(scale, results, preset, title, change)
+    with attempt(results, "sampling, compiled"):
+        measure_compiled_sampling(scale, results, preset)
 
 
 def measure_options(scale: Scale, results: Results, preset: str) -> None:
-    """Every way alone, in sampling's forward and in a training step; the first call compiles."""
-    for title, change in WAYS.items():
-        with attempt(results, f"forward: {title}"):
-            forward_in_a_way(scale, results, preset, title, change)
+    """The optimizers, and each way alone in a training step."""
     with attempt(results, "optimizers"):
         measure_optimizers(scale, results, preset)
-    for title, change in WAYS.items():
+    for title, change in (EAGER | BLOCKS).items():
         with attempt(results, f"training: {title}"):
             training_in_a_way(scale, results, preset, title, change)
 
@@ -231,6 +250,15 @@ def forward_in_a_way(scale: Scale, results: Results, preset: str, title: str,
     change(unet, scale.compile_options)
     size = 2 * scale.batches(preset, "sample_batch")[0]
     tell_forward(scale, results, bench, f"forward: {title}", unet, size)
+
+
+def measure_compiled_sampling(scale: Scale, results: Results, preset: str) -> None:
+    """At the preset's batch; the first call compiles. A rehearsal has nothing to compile."""
+    if scale.rehearse:
+        return
+    torch.compiler.reset()
+    size = scale.batches(preset, "sample_batch")[0]
+    tell_sampling(scale, results, preset, [size], "sampling, compiled", compile="on")
 
 
 def training_in_a_way(scale: Scale, results: Results, preset: str, title: str,
