@@ -25,7 +25,7 @@ from diffusers.utils import logging as diffusers_logging
 from lib import hub, packs
 from lib.hub import local_or_hub
 from lib.program import one_line
-from lib.run import (UserError, bar, is_from_latent, is_whole_model, latent_path, load_latent,
+from lib.run import (UserError, bar, is_from_latent, is_main, is_whole_model, latent_path, load_latent,
                      my_share, save_latent, save_latents, save_tensors, wait)
 from lib.settings import Settings
 
@@ -267,7 +267,7 @@ def is_compiled(s: Settings) -> bool:
 
 @functools.cache
 def can_compile(device: torch.device) -> bool:
-    """Try torch.compile on a sum, and say what came of it: it wants a C compiler, for one."""
+    """Try torch.compile on a sum, and say once what comes of it: it wants a C compiler, for one."""
     try:
         torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
     # A missing compiler, or one that fails, raises every kind of error.
@@ -275,8 +275,9 @@ def can_compile(device: torch.device) -> bool:
         print(f"torch.compile does not work here ({one_line(str(error))}): slower without it",
               file=sys.stderr)
         return False
-    print("the UNet is compiled: its first batch takes a minute or two (--compile off: none)",
-          file=sys.stderr)
+    if is_main():
+        print("compiling the UNet: its first batch takes a minute or two, and so may a batch of "
+              "another size; --compile off does without", file=sys.stderr)
     return True
 
 

@@ -17,15 +17,19 @@ import warnings
 from pathlib import Path
 
 # What every stage imports. Nothing is computed here: torch's threads start with the first
-# computation, and a process that has them must not fork. Nor does it wake CUDA, which outlives no
-# fork: whether there is a card, torch then asks its driver's library alone.
+# computation, and a process that has them must not fork. Nor is CUDA begun, which no forked process
+# could use: to learn whether there is a card, torch asks NVML.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 import pandas  # noqa: F401
 import pyarrow.parquet  # noqa: F401
+import torch
 
 import lib.models  # noqa: F401
 from lib.code import with_imports
 from lib.program import answer_with, end_at_once
+
+# A stage asks as it would alone.
+del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
 
 # The stage that is at work, and the exit code where this process is to end after it.
 child = 0
@@ -56,6 +60,10 @@ def in_child(script: str, arguments: list[str]) -> None:
 
     # Only the parent tells exit codes.
     os.close(3)
+
+    # Where an import has begun CUDA all the same (no NVML), the stage gets a Python of its own.
+    if torch.cuda._is_in_bad_fork():
+        os.execv(sys.executable, [sys.executable, script, *arguments])
     code = run_script(script, arguments)
 
     # The process ends here, without what the parent has registered for its own end.

@@ -54,3 +54,21 @@ def test_a_killed_script_leaves_the_next_one_alone(warm):
 def test_a_driver_that_is_stopped_stops_its_stage_alone(warm):
     """By a line of the stage, and no further stage."""
     assert "after its end" not in warm[0]
+
+
+def test_where_cuda_was_begun_a_stage_gets_a_python_of_its_own(monkeypatch):
+    from lib import warm as program
+    assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
+    started = []
+
+    def execv(path, words):
+        started.extend([path, *words])
+        raise SystemExit(7)
+
+    monkeypatch.setattr(program.torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(program, "answer_with", lambda handler: None)
+    monkeypatch.setattr(os, "close", lambda number: None)
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(SystemExit, match="7"):
+        program.in_child("02_generate.py", ["--iter", "1"])
+    assert started == [sys.executable, sys.executable, "02_generate.py", "--iter", "1"]

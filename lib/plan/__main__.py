@@ -2,9 +2,9 @@
 
 Any preset and any settings may stand there.
 Counts (images, UNet forwards, optimizer steps) follow from the settings; the ledger of the run will
-say the same. Hours come from a probe of this device, a minute or so: the run's own UNet and VAE at
+say the same. Hours come from a probe of this device, a few minutes: the run's own UNet and VAE at
 its resolution and batches. With --gpu, or for the paper's models on a machine without a GPU, they
-are those of a card that is not here, from what its vendor states. With
+are those of a card that is not here, from what its vendor states and a share of it. With
 SAIL_LAUNCH="accelerate launch --num_processes N" they are those of N such devices.
 """
 

@@ -1,6 +1,6 @@
 """Cards that a plan can be made for without having one: `--plan --gpu a100`.
 
-Nothing is measured here. The hours follow from a card's arithmetic and bandwidth, as its vendor
+No card is asked. The hours follow from a card's arithmetic and bandwidth, as its vendor
 states them, and from the share of it that was reached on an H100; `--plan` on the card itself
 measures them.
 """
@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from lib import models
 from lib.plan.architecture import Architecture, count_flops, pair_arithmetic, without_weights
-from lib.settings import Settings
+from lib.settings import PRESETS, Settings
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ CARDS = {
 # The card that stands in where there is none.
 DEFAULT = "h100"
 
-# How much of a card's stated arithmetic is done (model FLOP utilisation), measured on an H100 at
-# the presets' batches (tests/bench/RESULTS.md). Of other cards it is ASSUMED.
+# How much of a card's stated arithmetic is done (model FLOP utilisation): rate x FLOP / 989e12 on
+# an H100 at the presets' batches, in bfloat16 (tests/bench/RESULTS.md). `eager` and `compiled` are
+# a frozen UNet's forward, `pair` is training. Of anything else it is ASSUMED.
 SHARES = {
-    "sd15": {"encode": .17, "decode": .10, "eager": .28, "compiled": .39, "pair": .17},
-    "sdxl": {"encode": .13, "decode": .12, "eager": .40, "compiled": .48, "pair": .22},
+    "sd15": {"encode": .16, "decode": .10, "eager": .27, "compiled": .39, "pair": .18},
+    "sdxl": {"encode": .13, "decode": .11, "eager": .39, "compiled": .46, "pair": .22},
 }
+MEASURED = ("model", "resolution", "lora_rank", "grad_checkpoint")
 
 # float32 on tensor cores (TF32) has half of the 16-bit speed; before Ampere there is none, and
 # plain float32 has an eighth.
@@ -114,7 +116,8 @@ class Estimate:
             self.seconds["step"] = moved / (card.gb_per_second * 1e9)
 
         origin = "ASSUMED, not measured"
-        if card == CARDS["h100"]:
+        as_preset = all(getattr(s, name) == PRESETS[s.preset][name] for name in MEASURED)
+        if card == CARDS["h100"] and as_preset and self.dtype == torch.bfloat16:
             origin = "as measured on an H100"
         self.notes = [
             f"{origin}: of the {card.tflops:g} TFLOP/s (dense, {card.dtype}) that its vendor "

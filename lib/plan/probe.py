@@ -129,8 +129,9 @@ class Probe:
             return None
 
         unet = fill(unet, self.dtype, self.device)
+        frozen = unet
         if models.is_compiled(self.s):
-            unet.compile()
+            frozen = torch.compile(unet)
 
         # Guidance doubles a sampler's batch.
         sampled = self.s.sample_batch
@@ -138,12 +139,12 @@ class Probe:
             sampled *= 2
         ranked = ranked_at_once(self.s)
 
-        self.time_unet(unet, "sample", sampled)
+        self.time_unet(frozen, "sample", sampled)
         call = self.size_of_call("sample", "unet", sampled)
         if self.size_of_call("rank", "unet", ranked) == call:
             self.seconds["rank"] = self.seconds["sample"]
         else:
-            self.time_unet(unet, "rank", ranked)
+            self.time_unet(frozen, "rank", ranked)
         return unet
 
     def time_unet(self, unet: torch.nn.Module, title: str, wanted: int) -> None:

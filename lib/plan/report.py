@@ -107,7 +107,7 @@ def print_report(s: Settings, table: pd.DataFrame, speed: Probe | Estimate, memo
     for note in speed.notes:
         print(f"  {note}")
     print("  not in them: scores of stage 05 (nor is their memory in the table), prompt "
-          "embeddings, downloads, files, starting Python")
+          "embeddings, downloads, files, starting Python, compiling")
 
     for line in (*describe_memory(s, speed, memory), describe_disk(s, speed.parameters),
                  *describe_parts(s, speed), describe_downloads(s, speed),

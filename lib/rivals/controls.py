@@ -66,7 +66,7 @@ def extrapolated(s: Settings, k: int, gamma: float) -> torch.nn.Module:
         for weight, further in zip(base.parameters(), model.parameters()):
             weight.lerp_(further, gamma)
 
-    return base.requires_grad_(False).eval().to(models.dtype_of(s))
+    return models.to_device(s, base.requires_grad_(False).eval().to(models.dtype_of(s)))
 
 
 class Guided(torch.nn.Module):

@@ -34,7 +34,7 @@ from lib import diffusion, models, sampler
 from lib.files import save_tensors
 from lib.plan.architecture import (CLIP_TOKENS, SD15_UNET, SD_VAE, SDXL_UNET, Architecture,
                                    count_flops, random_inputs, without_weights)
-from lib.plan.cards import CARDS, SHARE
+from lib.plan.cards import CARDS, SHARES
 from lib.settings import PRESETS, Settings
 from tests.bench.bench_paths import SMALLER, describe, make_unet
 
@@ -314,11 +314,11 @@ def noise_and_prompts(preset: str, step_flops: float) -> str:
         save_tensors({"embeds": embeds}, encoder.path("a prompt"))
         reading = milliseconds(lambda: encoder.read_file("a prompt"))
 
-    # The card's speed is the plan's assumption.
-    card = CARDS["h100"]
-    step = step_flops / (card.tflops * 1e12 * SHARE) * 1e3
+    # The card's speed is the plan's.
+    card, share = CARDS["h100"], SHARES[preset]["compiled"]
+    step = step_flops / (card.tflops * 1e12 * share) * 1e3
     return (f"noise of a picture {noise:.2f} ms, a prompt's embedding read {reading:.2f} ms; a "
-            f"picture's guided step {step:.1f} ms on {card.name} at {SHARE:.0%} of its arithmetic")
+            f"picture's guided step {step:.1f} ms on {card.name} at {share:.0%} of its arithmetic")
 
 
 def report(where: str, small: Small, rounds: int) -> None:

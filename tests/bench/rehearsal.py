@@ -37,7 +37,7 @@ KINDS = {
     "sampling, 2 steps, batch": 2,
     "VAE encode": 2,
     "VAE decode": 2,
-    "forward: channels_last": 2,
+    "forward: channels_last": 1,
     "forward: torch.compile of the whole": 1,
     "training: torch.compile of the blocks": 1,
     "VAE decode, 2 at once: channels_last": 1,

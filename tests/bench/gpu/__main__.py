@@ -1,6 +1,6 @@
 """Prove and measure on a GPU, or rehearse that on a CPU: see gpu.sh, which starts this.
 
-    tests/bench/gpu.sh [--rehearse] [--out FOLDER] [--only a,c-sd15] [--minutes 25] [--again]
+    tests/bench/gpu.sh [--rehearse] [--out FOLDER] [--only a,c-sd15] [--minutes 60] [--again]
 
 --rehearse   the same code on the CPU with shrunken sizes: its numbers mean nothing
 --out        where results.jsonl, results.md, logs and models go (runs/gpu)
@@ -70,7 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu")
     parser.add_argument("--only", default="")
-    parser.add_argument("--minutes", type=float, default=25.)
+    parser.add_argument("--minutes", type=float, default=60.)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--card", default="", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

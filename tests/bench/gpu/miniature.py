@@ -72,6 +72,7 @@ def arguments_of(scale: Scale, preset: str, folder: Path, values: dict) -> list[
         "iters": 1,
         "scores": "none",
         "device": scale.device,
+        "compile": "off",
     }
     return [f"{settings.flag(name)}={value}" for name, value in (given | values).items()]
 

@@ -66,6 +66,7 @@ class Scale:
             "run": str(run),
             "resolution": self.resolution(preset),
             "device": self.device,
+            "compile": "off",
             "flip": 0.,
         }
         if self.rehearse:
