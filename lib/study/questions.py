@@ -208,9 +208,12 @@ SECONDARY = (
     ("root, t above 500", "Iter0 extrapolated"),
     ("root, t above 500", "Iter0 as guidance"),
     ("root, t above 500", "balanced"),
+    ("root, t above 500", "t above 500"),
     ("root, t above 500", "random pair"),
+    ("t above 500", "random pair"),
     ("SPO", "root, t above 500"),
     ("online DPO", "root, t above 500"),
+    ("SAIL*", "DiffusionDPO"),
 )
 
 
