@@ -18,7 +18,6 @@ AXES = {
 }
 
 
-
 def new_figure(columns: int, size: tuple[float, float], **options):
     """A figure and its axes, a row of them; nothing is shown on a screen."""
     import matplotlib
@@ -82,8 +81,9 @@ def draw_over_forwards(table: pd.DataFrame, first_arm: str):
             axis.plot(forwards, 0, "o", color="black", label=first_arm)
             continue
         mean, low, high = (row[f"over {first_arm}{end}"] for end in ("", " low", " high"))
-        axis.errorbar(forwards, mean, [[mean - low], [high - mean]], fmt="o", color=f"C{i % 10}",
-                      capsize=3, markersize=5, label=row["row"])
+        marker = "o" if i < 10 else "s"         # there are ten colors
+        axis.errorbar(forwards, mean, [[mean - low], [high - mean]], fmt=marker,
+                      color=f"C{i % 10}", capsize=3, markersize=5, label=row["row"])
 
     axis.axhline(0, color="gray", lw=0.8)
     axis.set(xlabel="UNet forwards in the rounds, thousands",
