@@ -252,7 +252,8 @@ def load_unet(s: Settings, k: int, trained: bool = False) -> UNet2DConditionMode
 
 def to_device(s: Settings, unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """The frozen UNet on the device, compiled where the settings want that."""
-    # channels_last would be slower: of SD1.5 and SDXL by a tenth, on an H100 (tests/bench).
+    # Not channels_last: on an H100 it is a tenth slower where nothing is compiled, and the same for
+    # SDXL's compiled forward (tests/bench).
     if is_compiled(s):
         unet.compile()
     return unet.to(device_of(s))
@@ -272,8 +273,9 @@ def can_compile(device: torch.device) -> bool:
         torch.compile(lambda x: x.sin() + x)(torch.ones(8, device=device))
     # A missing compiler, or one that fails, raises every kind of error.
     except Exception as error:
-        print(f"torch.compile does not work here ({one_line(str(error))}): slower without it",
-              file=sys.stderr)
+        if is_main():
+            print(f"torch.compile does not work here ({one_line(str(error))}): slower without it",
+                  file=sys.stderr)
         return False
     if is_main():
         print("compiling the UNet: its first batch takes a minute or two, and so may a batch of "

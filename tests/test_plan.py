@@ -255,7 +255,7 @@ def test_hours_of_a_card_are_its_arithmetic(on_h100):
     training = table.stage == "04_train_dpo"
     way = training.map({True: shares["pair"], False: shares["compiled"]})
     expected = unet / way + sum(flop[part] / shares[part] for part in flop)
-    steps = table.optimizer_steps.fillna(0) * 40 * 859_520_964 / 3.35e12
+    steps = table.optimizer_steps.fillna(0) * 69 * 859_520_964 / 3.35e12
     seconds = expected / 989e12 + steps
     assert (3600 * table.hours).tolist() == pytest.approx(seconds.tolist(), rel=1e-3)
 
@@ -263,8 +263,10 @@ def test_hours_of_a_card_are_its_arithmetic(on_h100):
     longer = eager.seconds["rank"] / speed.seconds["rank"]
     assert longer == pytest.approx(shares["compiled"] / shares["eager"])
     assert "as measured" in speed.notes[0]
-    elsewhere = cards.Estimate(s, speed.architecture, cards.CARDS["a100"])
-    assert "ASSUMED" in elsewhere.notes[0]
+    for card, of_run in (("a100", s), ("h100", replace(s, micro_batch=1)),
+                         ("h100", replace(s, preset="tiny"))):
+        estimate = cards.Estimate(of_run, speed.architecture, cards.CARDS[card])
+        assert "ASSUMED" in estimate.notes[0]
 
 
 def test_memory_of_a_card_is_what_it_would_hold(on_h100):

@@ -60,21 +60,23 @@ DEFAULT = "h100"
 
 # How much of a card's stated arithmetic is done (model FLOP utilisation): rate x FLOP / 989e12 on
 # an H100 at the presets' batches, in bfloat16 (tests/bench/RESULTS.md). `eager` and `compiled` are
-# a frozen UNet's forward, `pair` is training. Of anything else it is ASSUMED.
+# a frozen UNet's forward, `pair` is training (SD1.5 contiguous and without the optimizer's step,
+# SDXL with it and in channels_last). Of anything else it is ASSUMED.
 SHARES = {
     "sd15": {"encode": .16, "decode": .10, "eager": .27, "compiled": .39, "pair": .18},
     "sdxl": {"encode": .13, "decode": .11, "eager": .39, "compiled": .46, "pair": .22},
 }
-MEASURED = ("model", "resolution", "lora_rank", "grad_checkpoint")
+MEASURED = ("model", "resolution", "lora_rank", "grad_checkpoint", "micro_batch", "rank_batch",
+            "sample_batch")
 
 # float32 on tensor cores (TF32) has half of the 16-bit speed; before Ampere there is none, and
 # plain float32 has an eighth.
 FLOAT32 = {"bfloat16": 1 / 2, "float16": 1 / 8}
 
-# Bytes of a trained weight that a step moves: clipping reads its gradient twice and writes it once,
-# AdamW reads weight, gradient and two states and writes all but the gradient. Adafactor, which is
-# not fused, goes over the gradient again and again.
-BYTES_OF_STEP = {"adamw": 12 + 28, "adafactor": 12 + 60}
+# An optimizer's step with clipping is bound by the card's memory: bytes moved for each trained
+# weight, which are the H100's seconds times its 3.35 TB/s. By arithmetic AdamW moves 40; Adafactor,
+# which is not fused, goes over the gradient again and again.
+BYTES_OF_STEP = {"adamw": 69, "adafactor": 620}
 
 
 class Estimate:
@@ -116,7 +118,9 @@ class Estimate:
             self.seconds["step"] = moved / (card.gb_per_second * 1e9)
 
         origin = "ASSUMED, not measured"
-        as_preset = all(getattr(s, name) == PRESETS[s.preset][name] for name in MEASURED)
+        preset = PRESETS[s.preset]
+        as_preset = s.preset in SHARES and all(getattr(s, name) == preset[name]
+                                               for name in MEASURED)
         if card == CARDS["h100"] and as_preset and self.dtype == torch.bfloat16:
             origin = "as measured on an H100"
         self.notes = [

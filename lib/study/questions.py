@@ -20,7 +20,7 @@ PAIRS_32 = "--seed-pairs 32 --iter0-steps 25"
 PAIRS_64 = "--seed-pairs 64 --iter0-steps 50"
 PAIRS_512 = "--seed-pairs 512 --iter0-steps 100"
 
-# A better self-judge: root errors, at high noise.
+# A better self-judge: root errors, at high noise. (Plain errors there train as well.)
 ROOT = "--reward-weights root --rank-t-min 500"
 
 # Cheaper candidates. With half the prompts in the three rounds, six rounds still set aside as many
