@@ -4,6 +4,7 @@ in its ledger; and the tables say what the runs did."""
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,17 @@ def studied(tmp_path_factory):
 def results(studied):
     """What `studied` found, as a question of all its arms."""
     return results_of_runs.results_of(*results_of_runs.collect(*studied), ARMS, range(1))
+
+
+def test_a_study_that_has_moved_is_as_finished_as_it_was(studied, tmp_path):
+    out, jobs = studied
+    moved = tmp_path / "elsewhere"
+    for job in jobs:
+        folder = runner.folder_of(out, job.arm, job.seed)
+        (moved / folder.name).mkdir(parents=True)
+        shutil.copy(folder / "done.json", moved / folder.name)
+        assert runner.is_done(moved, job)
+    assert not runner.is_done(moved, dataclasses.replace(jobs[0], more=(*MINI, "--alpha", ".5")))
 
 
 # ---- the arms as data ----

@@ -164,19 +164,22 @@ def run_arm(out: Path, job: Job, lenders: Iterable[Path] = ()) -> str:
     # done.json comes last: from then on the run lends to others, and is not touched again.
     if not arm.keeps_candidates:
         remove_candidates(folder, arm.rounds)
-    write_text(stamp_of(out, job), folder / "done.json")
+    write_text(stamp_of(job), folder / "done.json")
     return f"{folder.name}: done"
 
 
-def stamp_of(out: Path, job: Job) -> str:
-    """What a finished run's done.json holds: the settings and rows that it was made with."""
-    return json.dumps([settings_of(out, job), list(job.rows), *job.rival])
+def stamp_of(job: Job) -> str:
+    """What a finished run's done.json holds: the settings and rows that it was made with.
+
+    Its folder is not among them, so that a study may be moved.
+    """
+    return json.dumps([["--seed", str(job.seed), *arguments_of(job)], list(job.rows), *job.rival])
 
 
 def is_done(out: Path, job: Job) -> bool:
     """Whether a run is finished, with these very settings and rows."""
     done = folder_of(out, job.arm, job.seed) / "done.json"
-    return done.is_file() and done.read_bytes() == stamp_of(out, job).encode()
+    return done.is_file() and done.read_bytes() == stamp_of(job).encode()
 
 
 def finished_runs(places: Iterable[Path], seed: int) -> list[Path]:
