@@ -25,8 +25,8 @@ from diffusers.utils import logging as diffusers_logging
 from lib import hub, packs
 from lib.hub import local_or_hub
 from lib.program import one_line
-from lib.run import (UserError, bar, is_from_latent, is_main, is_whole_model, latent_path, load_latent,
-                     my_share, save_latent, save_latents, save_tensors, wait)
+from lib.run import (UserError, bar, is_from_latent, is_main, is_whole_model, latent_path,
+                     load_latent, my_share, save_latent, save_latents, save_tensors, wait)
 from lib.settings import Settings
 
 BASE = -1
