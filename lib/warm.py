@@ -28,6 +28,8 @@ import lib.models  # noqa: F401
 from lib.code import with_imports
 from lib.program import answer_with, end_at_once
 
+CARD = torch.cuda.is_available()
+
 # A stage asks as it would alone.
 del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
 
@@ -61,8 +63,8 @@ def in_child(script: str, arguments: list[str]) -> None:
     # Only the parent tells exit codes.
     os.close(3)
 
-    # Where an import has begun CUDA all the same (no NVML), the stage gets a Python of its own.
-    if torch.cuda._is_in_bad_fork():
+    # Where CUDA was begun all the same, since there is no NVML, the stage gets a Python of its own.
+    if CARD and torch.cuda._is_in_bad_fork():
         os.execv(sys.executable, [sys.executable, script, *arguments])
     code = run_script(script, arguments)
 

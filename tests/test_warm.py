@@ -14,6 +14,7 @@ SCRIPTS = {
     "broken": ("1 / 0", 1),
     "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137),
     "after": ("import lib.models; print('goes on')", 0),
+    "forked": ("import sys; print('torch is there:', 'torch' in sys.modules)", 0),
     # SIGTERM of the driver is for the stage, and then nothing more begins.
     "stopped": ("import os, signal, time\n"
                 "os.kill(os.getppid(), signal.SIGTERM)\n"
@@ -34,6 +35,7 @@ def warm(tmp_path_factory):
     # The codes come on file descriptor 3, as the driver reads them.
     command = f'exec "{sys.executable}" -m lib.warm 3> "{folder}/codes"'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)       # as a user has it
     done = subprocess.run(["bash", "-c", command], input=lines, env=environment,
                           capture_output=True, text=True)
     return done.stdout, [int(code) for code in (folder / "codes").read_text().split()]
@@ -45,6 +47,11 @@ def test_a_script_has_the_exit_code_that_it_would_have_alone(warm):
 
 def test_a_script_gets_its_arguments_whole(warm):
     assert "given ['--run', 'a b']" in warm[0]
+
+
+def test_a_script_finds_the_libraries_imported(warm):
+    """Also where there is no card, and torch had to ask CUDA for it."""
+    assert "torch is there: True" in warm[0]
 
 
 def test_a_killed_script_leaves_the_next_one_alone(warm):
@@ -65,6 +72,7 @@ def test_where_cuda_was_begun_a_stage_gets_a_python_of_its_own(monkeypatch):
         started.extend([path, *words])
         raise SystemExit(7)
 
+    monkeypatch.setattr(program, "CARD", True)
     monkeypatch.setattr(program.torch.cuda, "_is_in_bad_fork", lambda: True)
     monkeypatch.setattr(program, "answer_with", lambda handler: None)
     monkeypatch.setattr(os, "close", lambda number: None)
