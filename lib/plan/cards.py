@@ -61,7 +61,8 @@ DEFAULT = "h100"
 # How much of a card's stated arithmetic is done (model FLOP utilisation): rate x FLOP / 989e12 on
 # an H100 at the presets' batches, in bfloat16 (tests/bench/RESULTS.md). `eager` and `compiled` are
 # a frozen UNet's forward, `pair` is training (SD1.5 contiguous and without the optimizer's step,
-# SDXL with it and in channels_last). Of anything else it is ASSUMED.
+# SDXL with it and in channels_last). Where a setting of MEASURED is another, or the card, it is
+# ASSUMED.
 SHARES = {
     "sd15": {"encode": .16, "decode": .10, "eager": .27, "compiled": .39, "pair": .18},
     "sdxl": {"encode": .13, "decode": .11, "eager": .39, "compiled": .46, "pair": .22},
@@ -96,7 +97,7 @@ class Estimate:
         unet = without_weights(UNet2DConditionModel, architecture.unet)
         self.parameters = sum(parameter.numel() for parameter in unet.parameters())
 
-        # Seconds of a picture's VAE calls and forwards, and of a pair, by arithmetic alone.
+        # Seconds of a picture's VAE calls and forwards, and of a pair, by arithmetic and shares.
         speed = card.tflops * 1e12
         if self.dtype == torch.float32:
             speed *= FLOAT32[card.dtype]

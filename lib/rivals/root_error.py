@@ -8,7 +8,7 @@ where balanced.py weighs a draw for all pictures alike.
     r = beta s [ sqrt(e_anchor) - sqrt(e_theta) ]
 
 It is meant for high noise, --rank-t-min 500: below, it ranks a prompt's candidates as wrongly as
-the difference does. What it gains on the difference there, in choosing, is in part not the model's
+the difference does. Its gain over the difference there, in choosing, is in part not the model's
 taste: pictures that the anchor itself finds hard gain by the root, and in the embedded world people
 like these (the anchor's error alone orders a prompt's candidates two thirds as well). Models that
 are trained by it come no further than by the plain difference above t = 500 (lib/study).
