@@ -39,8 +39,9 @@ def at_hand(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def own(at_hand, tmp_path, monkeypatch) -> Path:
-    """A copy of it to break, on a machine that the hub does not answer."""
+    """A copy of it to break, on a machine with room whose hub does not answer."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10 ** 12))
     monkeypatch.setattr(preflight, "check_memory", lambda *_: "")
     hub.hub_names.cache_clear()
     models.pipeline_config.cache_clear()
