@@ -18,6 +18,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,10 +118,16 @@ def finish(run: Path) -> None:
 
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory) -> Path:
-    """A finished miniature run, to be read only."""
-    run = tmp_path_factory.mktemp("runs") / "mini"
-    assert call("01", run, *MINI) is None
-    finish(run)
+    """A finished miniature run, to be read only; made by the first of pytest's workers to need it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    run = folder / "mini"
+    with FileLock(f"{run}.lock"):
+        if not (run / "eval/index.html").exists():
+            assert call("01", run, *MINI) is None
+            finish(run)
     return run
 
 

@@ -9,4 +9,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 parallel=""
 if "$python" -c "import xdist" 2>/dev/null; then parallel="-n 2 --dist loadfile"; fi
 # shellcheck disable=SC2086
-exec "$python" -m pytest -o testpaths=tests -q -p no:cacheprovider --durations=8 $parallel "$@"
+exec "$python" -m pytest -o testpaths=tests -o tmp_path_retention_policy=failed -q -p no:cacheprovider --durations=8 $parallel "$@"

@@ -436,7 +436,7 @@ def tuned(tmp_path_factory):
     out = tmp_path_factory.mktemp("tuned")
     controls = {kind: rows[:1] for kind, rows in tune.CONTROL_GRID.items()}
 
-    # Processes of its own take long to start: the first setting has them.
+    # A process of its own takes long to start: the first setting has one.
     def run_all(out, jobs, workers, lenders):
         if out.name == "0":
             return runner.run_all(out, jobs, workers, lenders)
@@ -452,7 +452,7 @@ def tuned(tmp_path_factory):
         patch.setattr(tune, "run_all", run_all)
         patch.setattr(tune, "ALIGNMENT_LOSS", 9.)       # four prompts say little: any may be best
         settings = MINI[:MINI.index("--beta")]
-        command.main(["--out", str(out), "--tune", "--workers", "2", *settings])
+        command.main(["--out", str(out), "--tune", "--workers", "1", *settings])
     return out, pd.read_csv(out / "tune.csv")
 
 
