@@ -69,6 +69,8 @@ def split_world(s: Settings) -> tuple[dict[str, list[str]], list[str]]:
     """The captions of each round, and those left for human pairs."""
     rest = captions.permuted(captions.world_captions()["rest"], "world pools", s.seed)
     counts = prompt_counts(s)
+
+    # One caption at least is left for human pairs, and one for held-out ones.
     if sum(counts.values()) + 2 > len(rest):
         raise UserError(f"--iters {s.iters} --iter-prompts {s.iter_prompts}: the embedded world "
                         f"has {len(rest) - 2} prompts for the rounds; ask for fewer")
@@ -86,10 +88,8 @@ def world_pairs(
     free: list[str],
     ledger: Ledger,
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict, list[str]]:
-    """Human pairs and held-out pairs on different captions, and how far the people agree.
-
-    The last that is returned is a note on each human pair, for the preview.
-    """
+    """Human pairs, held-out pairs on other captions, how far the people agree, and a note on each
+    human pair for the preview."""
     # Captions are few: where there are more pairs than captions, they come again in turn.
     held_out = free[:min(s.holdout_pairs, len(free) // 2)]
     trained_on = free[len(held_out):]
@@ -310,7 +310,7 @@ def lacking_tables(s: Settings) -> list[Path]:
 def write_lacking(s: Settings, tables: Iterable[pd.DataFrame], lacking: list[Path]) -> None:
     """Write those of the tables (as TABLES names them) that are lacking.
 
-    UserError: another one, which stays, has rows that the source does not give any more.
+    UserError: the source has changed: a table that is there has rows that it no longer gives.
     """
     for name, table in zip(TABLES, tables):
         path = Path(s.run) / name

@@ -30,7 +30,8 @@ from lib.settings import ITER, Settings, load, of_candidates
 
 
 def ending_of_pictures(s: Settings, table: Path) -> str:
-    """`.png` where the pictures are kept, `.jpg` where a candidate is its latent."""
+    """`.png` where the pictures are kept; where a candidate is its latent `.jpg`, the name that its
+    picture would have."""
     keeps_all = s.keep == "all"
 
     # A round that has been drawn keeps what it kept then, whatever --keep has become.

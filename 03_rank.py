@@ -1,7 +1,8 @@
 """Stage 03: the model ranks its own candidates by its implicit reward; the extremes make a pair.
 
 reads   iterK/candidates.parquet, iterK/latents/, the model of round K-1 and the anchor,
-        seed/holdout.parquet, seed/latents/, iter(K-1)/holdout_draws.parquet
+        seed/holdout.parquet, seed/latents/,
+        iter(K-1)/holdout_draws.parquet, where the anchor's errors have been measured already
 writes  iterK/draws.parquet     prompt_id, candidate, draw, t, error, anchor_error, reward
         iterK/rewards.parquet   candidates + reward, reward_se
         iterK/pairs.parquet     pair_id, prompt, win, lose, source, margin, prompt_id
@@ -12,16 +13,16 @@ writes  iterK/draws.parquet     prompt_id, candidate, draw, t, error, anchor_err
 The implicit reward (the paper's equations 6 to 9) is what Diffusion-DPO trains, read backwards: the
 denoising error that the current model theta saves against the anchor (the paper's ref),
 
-    r(y, x_0) = -(beta / 2) E_{t, eps} [ ||eps - eps_theta(x_t, y, t)||^2
-                                         - ||eps - eps_anchor(x_t, y, t)||^2 ]          (8)
+    r(y, x_0) = -(beta / 2) E_{t, eps} [ e_theta(x_0) - e_anchor(x_0) ]                 (8)
+    e(x_0) = mean over C, h, w of (eps - eps_hat(x_t, y, t))^2
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     p(x_a > x_b | y) = sigmoid(r_a - r_b)                                               (9)
 
-with the mean over D draws of (t, eps), which all candidates of a prompt share. The norm is a mean
-over C, h, w as in the loss, so that beta means the same in both.
+with the mean over D draws of (t, eps), which all candidates of a prompt share. The error is a mean,
+as in the loss, so that beta means the same in both.
 
 A prompt whose candidates cannot be told apart gives no pair. judge.json asks whether this
-self-judge agrees with people: its accuracy on held-out human pairs, and what that allows to say.
+self-judge agrees with people: its accuracy on held-out human pairs, and the verdict on it.
 
     python 03_rank.py --run runs/tiny --iter 1
 """
@@ -289,47 +290,6 @@ def rank_by_itself(
     return draws, rewards_of(s, t, error, anchor_error)
 
 
-def rank_from_outside(
-    s: Settings,
-    comparisons: list[Comparison],
-    holdout: list[Comparison],
-) -> tuple[Draws, Draws | None]:
-    """The door for a rival's ranking; so far online DPO, by a score of stage 05."""
-    from lib.rivals import online_dpo
-    rewards, holdout_draws = online_dpo.rank(s, comparisons, holdout)
-    if not holdout:
-        return outside_draws(rewards), None
-    return outside_draws(rewards), outside_draws(holdout_draws)
-
-
-def rank_by_confidence(
-    s: Settings,
-    k: int,
-    comparisons: list[Comparison],
-    holdout: list[Comparison],
-    ledger: Ledger,
-) -> tuple[Draws, Draws | None]:
-    """The door for a rival's self-judge, which asks no anchor: lib/rivals/self_confidence.py."""
-    model = models.load_unet(s, k - 1)
-
-    def judge(asked: list[Comparison], title: str) -> Draws:
-        t, errors = measure_errors(s, [model], asked, ledger, title, self_confidence.probes)
-        return Draws(*self_confidence.draws_of(s, t, errors[0]))
-
-    draws = judge(comparisons, f"iter{k} confidence")
-    if not holdout:
-        return draws, None
-    return draws, judge(holdout, f"iter{k} held-out pairs")
-
-
-def outside_draws(reward: torch.Tensor) -> Draws:
-    """A reward (P, N, 1) from outside is one "draw" without a timestep and without errors."""
-    P = len(reward)
-    no_t = torch.full((P, 1), float("nan"))
-    no_error = torch.full_like(reward, float("nan"))
-    return Draws(no_t, no_error, no_error, reward)
-
-
 def choose_pairs(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws) -> pd.DataFrame:
     """One pair for each prompt: its best and its worst candidate by the mean over the draws.
 
@@ -368,7 +328,7 @@ def choose_pairs(s: Settings, k: int, candidates: pd.DataFrame, draws: Draws) ->
 
 
 def diversity(comparisons: list[Comparison]) -> float:
-    """How much a prompt's candidates differ: rms distance of their latents from their mean."""
+    """How much a prompt's candidates differ: the standard deviation of their latents."""
     spread = []
     for comparison in comparisons:
         latents, _ = models.stack_latents(comparison.images)
@@ -383,6 +343,49 @@ def pictures_to_keep(candidates: pd.DataFrame, pairs: pd.DataFrame) -> list[str]
     """
     shown = candidates.prompt_id.isin(pairs.prompt_id[:SHOWN])
     return [*candidates.image[shown], *pairs.win, *pairs.lose]
+
+
+# ---- the doors of other judges: lib/rivals ----
+
+def rank_from_outside(
+    s: Settings,
+    comparisons: list[Comparison],
+    holdout: list[Comparison],
+) -> tuple[Draws, Draws | None]:
+    """A reward from outside: online DPO, by a score of stage 05."""
+    from lib.rivals import online_dpo
+    rewards, holdout_draws = online_dpo.rank(s, comparisons, holdout)
+    if not holdout:
+        return outside_draws(rewards), None
+    return outside_draws(rewards), outside_draws(holdout_draws)
+
+
+def rank_by_confidence(
+    s: Settings,
+    k: int,
+    comparisons: list[Comparison],
+    holdout: list[Comparison],
+    ledger: Ledger,
+) -> tuple[Draws, Draws | None]:
+    """A self-judge that asks no anchor: SOLACE's, lib/rivals/self_confidence.py."""
+    model = models.load_unet(s, k - 1)
+
+    def judge(asked: list[Comparison], title: str) -> Draws:
+        t, errors = measure_errors(s, [model], asked, ledger, title, self_confidence.probes)
+        return Draws(*self_confidence.draws_of(s, t, errors[0]))
+
+    draws = judge(comparisons, f"iter{k} confidence")
+    if not holdout:
+        return draws, None
+    return draws, judge(holdout, f"iter{k} held-out pairs")
+
+
+def outside_draws(reward: torch.Tensor) -> Draws:
+    """A reward (P, N, 1) from outside is one "draw" without a timestep and without errors."""
+    P = len(reward)
+    no_t = torch.full((P, 1), float("nan"))
+    no_error = torch.full_like(reward, float("nan"))
+    return Draws(no_t, no_error, no_error, reward)
 
 
 # ---- the stage: read, compute, write ----

@@ -8,16 +8,16 @@ writes  iterK/checkpoint.pt       while it trains: where a stopped training goes
         iterK/train_log.parquet   step, loss, win_error_gain, lose_error_gain, margin, accuracy, lr,
                                   grad_norm, seconds
 
-With e(x_0) the mean over C, h, w of ||eps - eps_hat(x_t, y, t)||^2, and the same t and eps for the
+With e(x_0) the mean over C, h, w of (eps - eps_hat(x_t, y, t))^2, and the same t and eps for the
 two pictures of a pair,
 
     margin = -(beta / 2) [ (e_theta(x_w) - e_ref(x_w)) - (e_theta(x_l) - e_ref(x_l)) ]
     L = -log sigmoid(margin)
 
 averaged over pairs after the log-sigmoid (Diffusion-DPO, Wallace et al. 2024, equation 14). Policy
-theta and reference ref are both the previous round's model; theta is trained, ref stays. A round's
-data is alpha self-made and (1 - alpha) human pairs (ranked preference mixup): the human part keeps
-later rounds from collapsing onto the model's own taste.
+theta and reference ref both start as the previous round's model; theta is trained, ref stays. A
+round's data is alpha self-made and (1 - alpha) human pairs (ranked preference mixup): the human
+part keeps later rounds from collapsing onto the model's own taste.
 
 On pairs that are seen once the loss stays near log 2 = 0.693, since one (t, eps) says little about
 a pair; on few pairs, seen again and again, it falls, which is memory. Watch the gains (reference
@@ -68,7 +68,7 @@ def dpo_loss(
 
 
 # The door for a rival's loss: an entry here, with dpo_loss's arguments, and its name among the
-# choices of the setting `loss` (lib/eval/walk.py tells of these two only).
+# choices of the setting `loss`.
 LOSSES = {"dpo": dpo_loss, "mapo": mapo_loss}
 
 
@@ -164,7 +164,7 @@ def pair_errors(
     """Denoising errors (4, B) on B pairs: win, lose (with gradient), ref_win, ref_lose.
 
     `randoms` are those of these pairs. `ref` may be None: a LoRA policy is its own reference, with
-    its adapter off or as it was.
+    its adapter off, or as it was when the round began (lora.reference_of).
     """
     device = models.device_of(s)
 
@@ -226,8 +226,8 @@ def backward(
 ) -> torch.Tensor:
     """Add the gradient of the mean loss over a batch of pairs to the policy's parameters.
 
-    Returns (6, B): the four errors, loss and margin of every pair; without gradients enabled that
-    is all. Micro-batches bound the memory, and processes take turns in them.
+    Returns (6, B): the four errors, loss and margin of every pair. Under torch.no_grad that is all
+    it does. Micro-batches bound the memory, and several processes share them.
     """
     values = []
     for rows in my_share(torch.arange(s.batch).split(s.micro_batch)):
@@ -274,6 +274,8 @@ def load_policy_and_reference(s: Settings, k: int) -> tuple:
         policy = models.load_unet(s, k - 1, trained=True)
         if has_reference(s):
             ref = models.load_unet(s, k - 1)
+
+            # Under autocast too the two are to begin equal, to the bit.
             same_norms(ref, policy)
 
     if s.grad_checkpoint == "on":

@@ -389,10 +389,10 @@ def write_results(
     run, folder = Path(s.run), Path(s.run) / "eval"
     summary = table.summarise(pictures, scores.names_of(s), "base", "Iter0")
     facts = facts_of_rows(s, compared)
-    cast = tally.read_votes(run)
-    names = tally.in_order(cast, list(compared))
-    compared_blind, strong = tally.compare(cast, names), tally.strengths(cast, names)
-    tables = tally.readable(compared_blind, strong) + tables_of(s, pictures, summary, facts)
+    votes = tally.read_votes(run)
+    names = tally.in_order(votes, list(compared))
+    compared_blind, strengths = tally.compare(votes, names), tally.strengths(votes, names)
+    tables = tally.readable(compared_blind, strengths) + tables_of(s, pictures, summary, facts)
     _, own_table = tables[-1]
 
     elsewhere = {name: where for name, where in compared.items() if isinstance(where, str)}
@@ -402,7 +402,7 @@ def write_results(
     notes += notes_on_code(s, compared)
     judges = judges_of(s)
     notes += notes_on_people(s, judges)
-    write_tables(s, tables, summary, facts, tally.for_programs(compared_blind, strong), notes,
+    write_tables(s, tables, summary, facts, tally.for_programs(compared_blind, strengths), notes,
                  versions)
 
     figures = draw_figures(s, compared, summary, pictures, judges)

@@ -1,4 +1,4 @@
-"""SAIL on one page, one picture at a time: no caches, no files.
+"""SAIL on one page, one picture at a time: no caches, nothing written.
 
 It is the first thing to read, and the tests hold the stages' rewards and losses to it.
 
@@ -29,7 +29,7 @@ def e(unet, schedule, x_0, y, t, eps):
 
 
 def reward(theta, anchor, schedule, x_0, y, draws, beta=BETA):
-    """Equation 8: the error that the model saves against the anchor, in the mean over the draws."""
+    """SAIL's equation 8: the error that the model saves against the anchor, a mean over draws."""
     total = 0.
     for t, eps in draws:
         error = e(theta, schedule, x_0, y, t, eps)
@@ -135,12 +135,13 @@ def main():
 
     print(f"Round 1: the model ranks its own {N} candidates for each of {NEW_PROMPTS} new prompts")
     own = []
-    for i, prompt in enumerate(prompts[100:100 + NEW_PROMPTS]):
+    for i, prompt in enumerate(prompts[100:100 + NEW_PROMPTS]):            # no human pair's
         own.append(rank(pipe, iter0, base, prompt, 1000 + N * i, rng))
 
     print(f"Iter1: Diffusion-DPO on the mix, {ALPHA:.0%} of it self-made")
     iter1 = train(pipe, iter0, human, own, rng)
 
+    # So little training proves nothing: run_sail.sh does more of it, and many at a time.
     for name, unet in (("base", base), ("Iter0", iter0), ("Iter1", iter1)):
         value = utility(pipe, unet, prompts[200:220])
         print(f"{name}: mean utility of 20 new pictures {value:.3f}")
