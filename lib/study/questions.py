@@ -160,6 +160,9 @@ QUESTIONS = {
         "root, 5 steps", "root, 3 steps", "root, half the prompts", "root, 5 steps, 4 draws",
         "root, 5 steps, 2 draws, N = 4", "root, 5 steps, 2 draws, N = 4, half",
         "root, 3 steps, 2 draws, N = 4, half", "seed only"), over="forwards"),
+    "thrift": Question("Its two cheapest rows on as many run seeds as the rivals", seeds=10, arms=(
+        "SAIL", "root, t above 500", "root, 5 steps, 2 draws, N = 4, half",
+        "root, 3 steps, 2 draws, N = 4, half", "seed only"), over="forwards"),
     "reward": Question("The reward's settings", seeds=3, arms=(
         "SAIL", "1 draw", "4 draws", "30 draws", "N = 4", "N = 16", "t below 500", "t above 500",
         "anchor Iter0")),
@@ -180,9 +183,9 @@ QUESTIONS = {
 }
 
 
-# What `study` asks of itself; the others are asked by name. These four are under four hours on two
+# What `study` asks of itself; the others are asked by name. These five are under four hours on two
 # cores, all of them six.
-MAIN_QUESTIONS = ("rivals", "better", "cheap", "judge")
+MAIN_QUESTIONS = ("rivals", "better", "cheap", "thrift", "judge")
 
 
 # ---- the primary comparisons ----
@@ -204,6 +207,7 @@ PRIMARY = (
 # What one wants to know next, once these are told: no p-values, intervals alone.
 SECONDARY = (
     ("balanced", "seed only"),
+    ("t above 500", "seed only"),
     ("root, t above 500", "seed only"),
     ("root, t above 500", "Iter0 extrapolated"),
     ("root, t above 500", "Iter0 as guidance"),
