@@ -20,7 +20,7 @@ from lib.rivals import ddim, preference, spo
 from lib.rivals.preference import StepJudge
 from lib.run import generator
 from lib.settings import build_parser
-from lib.study import answers, runner
+from lib.study import answers, questions, runner
 from lib.study import results as results_of_runs
 from lib.study.runner import Job
 
@@ -309,7 +309,23 @@ def test_a_rivals_settings_are_the_drivers_and_what_is_given_wins(name):
     given = vars(build_parser("").parse_args(words))
     assert driver.endswith("run_sail.sh")
     assert (given["preset"], given["run"], given["beta"]) == ("sd15", "runs/x", 7)
-    assert len(given) > 3
+    assert "seed_pairs" not in given and "lr" not in given
+
+
+@pytest.mark.parametrize("name, arm", [
+    ("mapo", "MaPO"), ("diffusion-dpo", "DiffusionDPO"), ("online-dpo", "online DPO")])
+def test_in_the_embedded_world_a_rival_is_the_studys_row(name, arm):
+    _, *words = door.command_of(name, ["--run", "runs/x"])
+    mine = vars(build_parser("").parse_args(words))
+    theirs = vars(build_parser("").parse_args(runner.arguments_of(runner.Job(arm, 0))))
+    rounds = questions.ARMS[arm].rounds
+    assert mine.pop("iters", 3) == rounds
+
+    # Where the study keeps its runs, and that its runs set prompts aside for six rounds.
+    for given in (mine, theirs):
+        for setting in ("run", "iters", "seed", "eval_seeds"):
+            given.pop(setting, None)
+    assert mine == theirs
 
 
 def test_spo_says_what_a_run_lacks(tmp_path, mini_copy):

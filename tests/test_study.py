@@ -3,6 +3,7 @@ in its ledger; and the tables say what the runs did."""
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 
@@ -302,6 +303,19 @@ def test_the_p_value_is_that_of_students_t():
         assert means.p_value(by_seed[:, None]) == pytest.approx(p, rel=1e-3)
 
 
+@pytest.mark.parametrize("seeds, quantile", [(2, 12.7062), (5, 2.7764), (11, 2.2281), (31, 2.0423)])
+def test_intervals_are_as_wide_as_a_table_of_students_t_says(seeds, quantile):
+    by_seed = np.arange(float(seeds))[:, None]
+    mean, low, high = means.interval(by_seed)
+    expected = quantile * by_seed.std(ddof=1) / np.sqrt(seeds)
+    assert [mean - low, high - mean] == pytest.approx([expected, expected], rel=1e-4)
+
+
+def test_a_comparison_that_is_missing_counts_as_a_look():
+    table = pd.DataFrame({"seeds": [5, 5, 1], "p": [.01, .04, math.nan]})
+    assert primary.corrected(table, 4).p_holm.tolist() == pytest.approx([.04, .12])
+
+
 def test_several_looks_are_corrected_by_holm():
     assert means.holm([.01, .04, .03, .005]) == pytest.approx([.03, .06, .06, .02])
     assert means.holm([.5, .6]) == [1., 1.]
@@ -414,6 +428,7 @@ def test_the_judge_is_answered_from_finished_runs(studied, tmp_path):
     of_spo = tmp_path / "SPO-0"
     (of_spo / "rivals/spo").mkdir(parents=True)
     (of_spo / "rivals/spo/judge.json").write_text('{"accuracy": 0.625}')
+    shutil.copy(folder_of(studied[0], "SAIL", 0) / "config.json", of_spo)
     by_tenth = pd.DataFrame({"tenth": range(10), "judgements": 20, "spo": .6})
     by_tenth.to_parquet(of_spo / "rivals/spo/judge.parquet")
     others = {"self-confidence": {0: folder_of(studied[0], "self-confidence", 0)},
@@ -425,6 +440,7 @@ def test_the_judge_is_answered_from_finished_runs(studied, tmp_path):
     assert table.accuracy.dropna().between(0, 1).all()
     assert table.accuracy["SPO"] == .625
     assert table.forwards["self-confidence"] == 40
+    assert table.forwards["SPO"] == 1                   # half a UNet at each of two draws
     assert (tmp_path / "judge.png").stat().st_size > 1000
 
 

@@ -1,12 +1,14 @@
 """One door for all rivals that are trained: `./run_sail.sh rival NAME --run RUN [settings]`.
 
     spo             DiffusionSPO, on the human pairs and prompts of a run that has begun (spo.py)
-    mapo            a run of its own with another loss (mapo.py)
-    diffusion-dpo   a run of its own: Diffusion-DPO on 2,048 human pairs, without rounds
+    mapo            a run of its own: another loss (mapo.py) on human pairs, without rounds
+    diffusion-dpo   a run of its own: Diffusion-DPO on human pairs, without rounds
     online-dpo      a run of its own whose candidates a reward from outside ranks (online_dpo.py)
 
 A run of its own is what the driver makes with the rival's settings; what is given behind them wins.
-A preset may stand before them, as for the driver: `rival online-dpo sd15 --reward pickscore`.
+In the embedded world they are those of the study's rows, with 2,048 human pairs. A preset may stand
+before them, as for the driver: `rival diffusion-dpo sd15 --seed-pairs 800000`, or `rival online-dpo
+sd15 --reward pickscore`.
 """
 
 import lib.program  # noqa: F401, I001  first: Ctrl-C is answered from here on
@@ -15,24 +17,34 @@ import os
 import sys
 
 from lib.run import UserError, run_stage
-from lib.settings import ROOT
+from lib.settings import ROOT, build_parser
 
-# The settings that make a rival of a run of SAIL; beta and learning rate are those that the study
-# has found best for it (lib/study/questions.py).
+# The settings that make a rival of a run of SAIL.
 RIVALS = {
-    "mapo": "--loss mapo",
-    "diffusion-dpo": "--iters 0 --seed-pairs 2048 --iter0-steps 220 --beta 500 --lr 1e-5",
+    "mapo": "--iters 0 --loss mapo",
+    "diffusion-dpo": "--iters 0",
     "online-dpo": "--reward world",
+}
+
+# In the embedded world: as many human pairs and steps as the study gives it, and the beta and
+# learning rate that it has found best (lib/study/questions.py).
+IN_THE_WORLD = {
+    "mapo": "--seed-pairs 2048 --iter0-steps 220",
+    "diffusion-dpo": "--seed-pairs 2048 --iter0-steps 220 --beta 500 --lr 1e-5",
 }
 NAMES = ("spo", *RIVALS)
 
 
 def command_of(name: str, given: list[str]) -> list[str]:
     """The driver's command line for a rival that is a run of its own."""
-    preset = []
     if given and not given[0].startswith("-"):
-        preset, given = ["--preset", given[0]], given[1:]
-    return [str(ROOT / "run_sail.sh"), *preset, *RIVALS[name].split(), *given]
+        given = ["--preset", *given]
+    preset = vars(build_parser("").parse_known_args(given)[0]).get("preset", "tiny")
+
+    settings = RIVALS[name].split()
+    if preset == "tiny":
+        settings += IN_THE_WORLD.get(name, "").split()
+    return [str(ROOT / "run_sail.sh"), *settings, *given]
 
 
 def main(argv: list[str]) -> None:

@@ -139,9 +139,12 @@ def answer_questions(
             results = results_of(scores, runs, arms, range(question.seeds))
             answers.answer(out, name, question, results, left_out.values())
 
-    # Their rows stand in several questions.
+    # Their rows stand in several questions; an arm of which a run ended early is in none.
     asked = [question for name, question in questions.items() if name in primary.QUESTIONS]
-    arms = [arm for question in asked for arm in question.arms if arm in set(runs.arm)]
+    there = set(runs.arm)
+    for question in asked:
+        there -= set(ended_early(failed, question))
+    arms = [arm for question in asked for arm in question.arms if arm in there]
     if arms and len(asked) == len(primary.QUESTIONS):
         seeds = range(min(question.seeds for question in asked))
         primary.answer(out, results_of(scores, runs, list(dict.fromkeys(arms)), seeds))
@@ -191,6 +194,7 @@ def main(argv: list[str]) -> None:
         jobs = [job for job in jobs if is_done(out, job)]
         require(jobs, f"{out}: no run of these questions is finished")
     else:
+        cost.tell_cost(runs)
         failed = run_all(out, jobs, options.workers)
 
     # Gather what the runs say, and answer.

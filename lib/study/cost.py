@@ -23,8 +23,8 @@ from lib.study.questions import ARMS, ROUNDS
 from lib.study.runner import Job, is_done, models_of, planned_settings, same_arm, turn_of
 
 # The share of a large matrix product's speed at which the counted arithmetic gets done. With it the
-# plan of `study --seeds 1` is the 43 minutes that these 40 runs took on 2 cores, with all that is
-# not counted: files, scores, figures, the stages' start.
+# plan of 40 runs of one run seed was the 43 minutes that they took on 2 cores, with all that is not
+# counted: files, scores, figures, the stages' start.
 SHARE = 0.3
 
 # A rival's backward passes, as a share of the arithmetic of its forwards: of SPO's 85,000, 13,000
@@ -49,6 +49,14 @@ def print_plan(runs: list[tuple[Path, Job]]) -> None:
     print(readable(arms).to_string())
     print(f"minutes: about, with all of this machine's processors, at {SHARE:.0%} of the speed "
           f"that a matrix product has here now")
+
+
+def tell_cost(runs: list[tuple[Path, Job]]) -> None:
+    """One line, before the runs are made."""
+    table = cost_of(runs)
+    minutes = table.tflop.sum() * 1e12 / study_rate(planned_settings(*runs[0])) / 60
+    print(f"study: {table.runs_left.sum()} of {len(runs)} runs to be made, about {minutes:,.0f} "
+          f"minutes (--plan: arm by arm)")
 
 
 def study_rate(s: Settings) -> float:

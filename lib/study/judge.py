@@ -19,6 +19,7 @@ import torch
 from lib.eval.table import markdown
 from lib.plan.stages import load_stage
 from lib.rivals.balanced import balance
+from lib.rivals.preference import SHARE
 from lib.rivals.root_error import root_reward
 from lib.rivals.self_confidence import NOISES
 from lib.run import CANDIDATE_COLUMNS, DRAW_COLUMNS, read_table, write_text
@@ -27,6 +28,7 @@ from lib.study.answers import number
 from lib.study.figures import new_figure, save_figure
 from lib.study.means import interval
 from lib.study.questions import ARMS
+from lib.study.runner import settings_of_run
 from lib.world import people
 
 # Ways to use the draws of a reward.
@@ -174,8 +176,10 @@ def measure(judged: Round, others: dict[str, Path] | None = None) -> pd.DataFram
         lines.append(measure_judge(choice, judged.held_out, judged.candidates, judged.utility))
     for name, run in (others or {}).items():
         if ARMS[name].rival:
+            # It has no candidates, and half a UNet for its eye.
             facts = json.loads(file_of_rival(name, run, "judge.json").read_text())
-            lines.append({"draws": name, "accuracy": facts["accuracy"]})
+            lines.append({"draws": name, "forwards": SHARE * settings_of_run(run).draws,
+                          "accuracy": facts["accuracy"]})
         else:
             draws = read_judged(run / "iter1", judged.utility.shape[1])
             lines.append(measure_judge(name, *draws, judged.utility))

@@ -6,13 +6,12 @@ quantile is Student's over the seeds. Values are (seeds, prompts); of a single s
 without prompts (seeds, 1), only the other part is known.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 
 import numpy as np
 
-# The 97.5% quantile of Student's t, by degrees of freedom; from 10 on it is taken as 2.
-T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -30,7 +29,7 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean, and low and high end of its 95% interval, of values (seeds, prompts)."""
     quantile = 1.96
     if len(values) > 1:
-        quantile = T975.get(len(values) - 1, 2.0)
+        quantile = student_quantile(len(values) - 1)
 
     half = quantile * standard_error(values)
     return values.mean(), values.mean() - half, values.mean() + half
@@ -38,14 +37,28 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def p_value(values: np.ndarray) -> float:
     """Of the mean against zero, two-sided, by Student's t over the run seeds (two or more)."""
+    return tails(values.mean() / standard_error(values), len(values) - 1)
+
+
+def tails(t: float, freedom: int) -> float:
+    """P(|T| > t) of Student's t: a regularised incomplete beta function."""
     import mpmath                               # torch brings it along
 
-    freedom = len(values) - 1
-    t = values.mean() / standard_error(values)
-
-    # Both tails of Student's t are a regularised incomplete beta function.
     x = freedom / (freedom + t * t)
     return float(mpmath.betainc(freedom / 2, 0.5, 0, x, regularized=True))
+
+
+@functools.cache
+def student_quantile(freedom: int) -> float:
+    """The t that 95% of Student's distribution lie within, by halving."""
+    low, high = 1.9, 13.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        if tails(middle, freedom) > 0.05:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def holm(p_values: Iterable[float]) -> list[float]:

@@ -19,6 +19,7 @@ from lib.study.results import Results
 
 QUESTIONS = ("rivals", "better")
 TITLE = "Primary comparisons, corrected for looking at all of them"
+FURTHER = "Secondary comparisons, corrected among themselves"
 
 # Below this a difference is not put down to luck.
 LEVEL = 0.05
@@ -42,8 +43,15 @@ def compare(results: Results, pairs: tuple[tuple[str, str], ...]) -> pd.DataFram
     return pd.DataFrame(lines, columns=["row", "over", "seeds", "mean", "low", "high", "p"])
 
 
-def readable(table: pd.DataFrame) -> str:
-    """The comparisons as people read them, in Markdown; with p_holm, if they have it."""
+def corrected(table: pd.DataFrame, looks: int) -> pd.DataFrame:
+    """The lines that have run seeds, with p_holm: a comparison that is missing counts as a look."""
+    table = table[table.seeds > 1]
+    missing = [1.0] * (looks - len(table))
+    return table.assign(p_holm=holm([*table.p, *missing])[:len(table)])
+
+
+def readable(table: pd.DataFrame, with_verdict: bool) -> str:
+    """The comparisons as people read them, in Markdown."""
     rows = []
     for line in table.to_dict("records"):
         row = {
@@ -52,9 +60,9 @@ def readable(table: pd.DataFrame) -> str:
             "utility, 95 % interval": f"{line['mean']:+.3f} [{line['low']:+.3f}, "
                                       f"{line['high']:+.3f}]",
         }
-        if "p_holm" in table:
-            row["p"] = f"{line['p']:.4f}"
-            row["p, corrected (Holm)"] = f"{line['p_holm']:.4f}"
+        row["p"] = f"{line['p']:.4f}"
+        row["p, corrected (Holm)"] = f"{line['p_holm']:.4f}"
+        if with_verdict:
             row["verdict"] = verdict(line)
         rows.append(row)
     return markdown(pd.DataFrame(rows))
@@ -69,16 +77,14 @@ def verdict(line: dict) -> str:
 
 def answer(out: Path, results: Results) -> None:
     """Write and print the primary comparisons, and the next; only where there are run seeds."""
-    table = compare(results, PRIMARY)
-    further = compare(results, SECONDARY)
-    table = table[table.seeds > 1].copy()
+    table = corrected(compare(results, PRIMARY), len(PRIMARY))
+    further = corrected(compare(results, SECONDARY), len(SECONDARY))
     if table.empty:
         return
 
-    table["p_holm"] = holm(table.p)
-    text = f"{TITLE}\n\n{readable(table)}"
+    text = f"{TITLE}\n\n{readable(table, with_verdict=True)}"
     if len(further):
-        text += f"\nSecondary, not corrected\n\n{readable(further)}"
+        text += f"\n{FURTHER}\n\n{readable(further, with_verdict=False)}"
     write_text(text, out / "primary.md")
     both = pd.concat([table, further])
     write_text(both.to_csv(index=False, float_format="%.5g"), out / "primary.csv")

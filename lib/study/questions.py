@@ -204,7 +204,7 @@ PRIMARY = (
     ("SPO", "SAIL"),
 )
 
-# What one wants to know next, once these are told: no p-values, intervals alone.
+# What one wants to know next, once these are told; some were added when the answers were known.
 SECONDARY = (
     ("balanced", "seed only"),
     ("t above 500", "seed only"),
