@@ -532,12 +532,12 @@ def test_one_run_seed_has_no_interval():
 
 @pytest.fixture(scope="module")
 def published_answers(tmp_path_factory):
-    """What the main questions are answered from the published runs: every line, as it is printed.
-    """
+    """What the questions are answered from the published runs: every line, as it is printed."""
     out = tmp_path_factory.mktemp("published")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answers.figures, "save_figure", lambda figure, path: None)
-        command.main(["--out", str(out), "--published"])
+        asked = ["--questions", *questions.MAIN_QUESTIONS, "pairs"]
+        command.main(["--out", str(out), "--published", *asked])
     files = sorted(out.with_name(f"{out.name}-published").glob("*.md"))
     texts = [file.read_text() for file in files]
     texts.append(judge.readable(pd.read_csv(published.FOLDER / published.JUDGE)))
@@ -582,4 +582,4 @@ def test_the_thrifty_line_of_the_findings_is_one_that_the_preset_takes(preset):
 
     # Candidates are most of a run.
     forwards = [counts(s).unet_forwards.sum() for s in (plain, thrifty)]
-    assert forwards[1] < .25 * forwards[0]
+    assert forwards[1] < .3 * forwards[0]
