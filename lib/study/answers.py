@@ -85,12 +85,18 @@ def fact_columns(results: Results, row: Row) -> dict:
         if ARMS[row.arm].rival:
             judges = runs[runs.model == row.model]
         accuracy = judges.accuracy.mean()
+
+    # A control costs what its Iter0 does.
+    of_iter0 = runs[runs.model == "Iter0"].forwards.mean()
+    is_control = not is_round(row.model) and row.model != ARMS[row.arm].rival
     forwards = runs[runs.model == row.model].forwards.mean()
+    if is_control:
+        forwards = of_iter0
 
     # What the rounds alone cost: who has human pairs and an Iter0 pays no more than this.
     in_rounds = np.nan
-    if is_round(row.model):
-        in_rounds = forwards - runs[runs.model == "Iter0"].forwards.mean()
+    if is_round(row.model) or is_control:
+        in_rounds = forwards - of_iter0
     return {"human pairs": pairs, "UNet forwards": forwards, "in the rounds": in_rounds,
             "judge accuracy": accuracy}
 

@@ -1,5 +1,6 @@
 """The study's figures: gains in utility and alignment, with their intervals over run seeds."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ def draw_side_by_side(table: pd.DataFrame):
     rows = table[table["over base"].notna()].to_dict("records")
     height = 0.35 * len(rows) + 1.4
     figure, (left, right) = new_figure(2, (10, height), width_ratios=(1.4, 1))
+    names = []
 
     for i, row in enumerate(rows):
         color = f"C{i % 10}"
@@ -55,20 +57,46 @@ def draw_side_by_side(table: pd.DataFrame):
         by_seed = [float(value) for value in row["over base, by seed"].split()]
         left.plot(by_seed, [-i - 0.22] * len(by_seed), "|", color=color, markersize=5)
 
-        # The controls have no cost of their own.
         if not pd.isna(row["UNet forwards"]):
-            place = (row["UNet forwards"] / 1e3, mean)
-            right.plot(*place, "o", color=color)
-            right.annotate(row["row"], place, fontsize=6, xytext=(3, 3),
-                           textcoords="offset points")
+            right.plot(row["UNet forwards"] / 1e3, mean, "o", color=color)
+            names.append((row["row"], row["UNet forwards"] / 1e3, mean))
 
     left.set_yticks([-i for i in range(len(rows))], [row["row"] for row in rows], fontsize=8)
     left.axvline(0, color="gray", lw=0.8)
     left.set_xlabel("utility: gain over base")
     right.set_xlabel("UNet forwards, thousands")
     right.set_ylabel("utility: gain over base")
-    right.margins(x=0.25)  # room for the names
+    right.margins(x=0.2)
+    figure.tight_layout()           # from here on the axes keep their places
+    write_names(right, names)
     return figure
+
+
+def write_names(axis, names: list[tuple[str, float, float]]) -> None:
+    """Write (name, x, y) beside points where nothing is written yet, within the axis."""
+    from matplotlib.text import Text
+
+    renderer = axis.figure.canvas.get_renderer()
+    frame = axis.get_window_extent(renderer)
+    points = axis.transData.transform([place for _, *place in names])
+    taken = []
+    for name, *place in names:
+        # To the right or the left, above or below, or further away with a line to its point.
+        for height, side in product((0, 7, -7, 14, -14, 21, -21), (7, -7)):
+            line = {"arrowstyle": "-", "lw": 0.4, "shrinkA": 0} if height else None
+            text = axis.annotate(name, place, fontsize=6, xytext=(side, height), va="center",
+                                 ha="left" if side > 0 else "right", textcoords="offset points",
+                                 arrowprops=line)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)        # without the line
+            is_free = not any(box.overlaps(other) for other in taken)
+            is_inside = frame.containsx(box.x0) and frame.containsx(box.x1)
+            if is_free and is_inside and box.count_contains(points) == 0:
+                break
+            text.remove()
+        else:
+            continue                                # no room for it
+        taken.append(box)
 
 
 def draw_over_forwards(table: pd.DataFrame, first_arm: str):
@@ -84,6 +112,12 @@ def draw_over_forwards(table: pd.DataFrame, first_arm: str):
         marker = "o" if i < 10 else "s"         # there are ten colors
         axis.errorbar(forwards, mean, [[mean - low], [high - mean]], fmt=marker,
                       color=f"C{i % 10}", capsize=3, markersize=5, label=row["row"])
+
+    # The controls go on along Iter0's update for nothing.
+    controls = table[(table["in the rounds"] == 0) & (table["row"] != "Iter0")]
+    for i, row in enumerate(controls.to_dict("records")):
+        axis.axhline(row[f"over {first_arm}"], ls=("--", ":")[i % 2], color="black", lw=1,
+                     label=f"{row['row']}: no forwards")
 
     axis.axhline(0, color="gray", lw=0.8)
     axis.set(xlabel="UNet forwards in the rounds, thousands",
