@@ -59,10 +59,11 @@ LORA_LR = 6e-5
 GAP = .3
 
 # In the embedded world the judge has seen far fewer pairs and is less sure: at .3 nearly every fork
-# would be lost. The learning rate of full weights is the best of the study's tuning
-# (lib/study/tune.py), which half of it gains less than, and twice as much loses alignment. For SD1.5
-# and SDXL it was not tuned.
+# would be lost.
 GAP_IN_THE_WORLD = .1
+
+# Of full weights, the best of the study's tuning in the embedded world (lib/study/tune.py): half of
+# it gains less, and twice as much loses alignment. For SD1.5 and SDXL it was not tuned.
 LR = 1e-6
 
 ARGUMENTS = {
