@@ -536,7 +536,7 @@ def published_answers(tmp_path_factory):
     out = tmp_path_factory.mktemp("published")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answers.figures, "save_figure", lambda figure, path: None)
-        asked = ["--questions", *questions.MAIN_QUESTIONS, "pairs", "alpha"]
+        asked = ["--questions", *questions.MAIN_QUESTIONS, "pairs", "alpha", "rounds", "noise"]
         command.main(["--out", str(out), "--published", *asked])
     files = sorted(out.with_name(f"{out.name}-published").glob("*.md"))
     texts = [file.read_text() for file in files]

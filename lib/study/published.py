@@ -5,10 +5,10 @@ published/runs.csv          a row per run and model: its settings, what it cost 
 published/scores.parquet    arm, seed, model, prompt_id, alignment and aesthetics of every prompt
 published/judge.csv         what the question `judge` measured, a row per run and judge
 
-From these the tables of the main questions in lib/study/README.md are made again, interval by
-interval, without a run; of the other questions, measured at an earlier commit, no run is kept. A
-study writes the same of its own runs, and says how many of them are the published ones to the last
-bit of their weights.
+From these the tables in lib/study/README.md are made again, interval by interval, without a run;
+of the questions `size` and `reward`, measured at an earlier commit, no run is kept. A study writes
+the same of its own runs, and says how many of them are the published ones to the last bit of their
+weights.
 """
 
 from pathlib import Path
