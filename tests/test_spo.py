@@ -19,7 +19,7 @@ from lib.rivals import __main__ as door
 from lib.rivals import ddim, preference, spo
 from lib.rivals.preference import StepJudge
 from lib.run import generator
-from lib.settings import build_parser
+from lib.settings import PRESETS, Settings, build_parser
 from lib.study import answers, questions, runner
 from lib.study import results as results_of_runs
 from lib.study.runner import Job
@@ -305,11 +305,34 @@ def test_the_door_names_its_rivals_and_refuses_others():
 
 @pytest.mark.parametrize("name", door.RIVALS)
 def test_a_rivals_settings_are_the_drivers_and_what_is_given_wins(name):
-    driver, *words = door.command_of(name, ["sd15", "--run", "runs/x", "--beta", "7"])
+    own = ["--reward", "pickscore"] if name == "online-dpo" else []
+    driver, *words = door.command_of(name, ["sd15", "--run", "runs/x", "--beta", "7", *own])
     given = vars(build_parser("").parse_args(words))
     assert driver.endswith("run_sail.sh")
-    assert (given["preset"], given["run"], given["beta"]) == ("sd15", "runs/x", 7)
-    assert "seed_pairs" not in given and "lr" not in given
+    assert (given.pop("preset"), given.pop("run"), given.pop("beta")) == ("sd15", "runs/x", 7)
+    assert given == {"mapo": {"iters": 0, "loss": "mapo"}, "diffusion-dpo": {"iters": 0},
+                     "online-dpo": {"reward": "pickscore"}}[name]
+
+
+def test_ones_own_labels_are_not_asked_to_be_thousands(tmp_path, mini):
+    """Nor does a rival of an SD1.5 run have the embedded world's numbers."""
+    labelled = ["--run", f"{tmp_path}/x", "--pairs", f"{tmp_path}/labels"]
+    assert "--seed-pairs" not in door.command_of("mapo", labelled)
+    other = shutil.copytree(mini, tmp_path / "other")
+    configure(other, **{name: value for name, value in PRESETS["sd15"].items() if name != "run"})
+    of_other = ["--run", f"{tmp_path}/x", "--from", str(other)]
+    assert "--seed-pairs" not in door.command_of("mapo", of_other)
+    assert "--seed-pairs" in door.command_of("mapo", ["--run", f"{tmp_path}/x", "--from", str(mini)])
+
+
+def test_a_rival_of_its_own_wants_a_folder_of_its_own():
+    fails_with("rival mapo: is a run of its own; give it a folder with --run", door.main, ["mapo"])
+
+
+def test_the_judge_is_to_be_as_sure_as_the_published_one_but_in_the_embedded_world():
+    assert spo.gap_of(Settings(), None) == .1
+    assert spo.gap_of(Settings(**PRESETS["sd15"]), None) == .3
+    assert spo.gap_of(Settings(), 0.) == 0.
 
 
 @pytest.mark.parametrize("name, arm", [

@@ -2,6 +2,7 @@
 in its ledger; and the tables say what the runs did."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -246,6 +247,25 @@ def test_the_table_says_what_the_runs_did(studied, results):
 def test_training_without_candidates_costs_less(results):
     table = answers.table_of(results).set_index("row")
     assert table.loc["seed only", "UNet forwards"] < table.loc["SAIL", "UNet forwards"]
+
+
+def test_points_that_lie_close_have_names_that_can_be_read():
+    """Every name is written, within the frame, and none upon another."""
+    from matplotlib.text import Text
+
+    figure, axis = figures.new_figure(1, (6, 4))
+    names = [(f"row {i}", x, .5 + .001 * i) for i, x in enumerate((1, 1, 2, 9, 10))]
+    for _, *place in names:
+        axis.plot(*place, "o")
+    axis.set_ylim(0, 1)
+    figures.write_names(axis, names)
+
+    renderer = figure.canvas.get_renderer()
+    frame = axis.get_window_extent(renderer)
+    boxes = [Text.get_window_extent(text, renderer) for text in axis.texts]
+    assert sorted(text.get_text() for text in axis.texts) == sorted(name for name, *_ in names)
+    assert all(frame.contains(*corner) for box in boxes for corner in (box.min, box.max))
+    assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.parametrize("over", ["", "pairs", "rounds", "forwards"])
@@ -561,7 +581,6 @@ BESIDE = [
     *(((f"online DPO, alpha {alpha}", "Iter3"), ("online DPO", "Iter3")) for alpha in ("0.5", "1")),
     *(((f"SAIL, noise {noise}", "Iter3"), (f"seed only, noise {noise}", "Iter3")) for noise in
       ("0", "0.4", "1")),
-    *(((f"SAIL, {pairs} pairs", "Iter3"), ("SAIL", "Iter3")) for pairs in (32, 512)),
 ]
 
 

@@ -17,7 +17,7 @@ import os
 import sys
 
 from lib.run import UserError, run_stage
-from lib.settings import ROOT, build_parser
+from lib.settings import ROOT, RUN_ARGUMENTS, in_world, labelled_elsewhere, planned
 
 # The settings that make a rival of a run of SAIL.
 RIVALS = {
@@ -39,12 +39,18 @@ def command_of(name: str, given: list[str]) -> list[str]:
     """The driver's command line for a rival that is a run of its own."""
     if given and not given[0].startswith("-"):
         given = ["--preset", *given]
-    preset = vars(build_parser("").parse_known_args(given)[0]).get("preset", "tiny")
+    words = [*RIVALS[name].split(), *given]
+    driver = str(ROOT / "run_sail.sh")
+    if "--help" in given or "-h" in given:
+        return [driver, *words]
+    if not any(word.partition("=")[0] == "--run" for word in given):
+        raise UserError(f"rival {name}: is a run of its own; give it a folder with --run")
 
-    settings = RIVALS[name].split()
-    if preset == "tiny":
-        settings += IN_THE_WORLD.get(name, "").split()
-    return [str(ROOT / "run_sail.sh"), *settings, *given]
+    # The world's own people label as many pairs as one likes.
+    s = planned(words, __doc__, RUN_ARGUMENTS)
+    if in_world(s) and not labelled_elsewhere(s):
+        words = [*RIVALS[name].split(), *IN_THE_WORLD.get(name, "").split(), *given]
+    return [driver, *words]
 
 
 def main(argv: list[str]) -> None:

@@ -47,7 +47,7 @@ from lib.rivals.preference import SHARE, StepJudge, judge_held_out, learn_judge
 from lib.run import (Ledger, UserError, atomic_folder, bar, begin, generator, is_whole,
                      is_whole_model, read_pairs, read_prompts, run_stage, save_tensors, seed_of,
                      write_json, write_table)
-from lib.settings import Settings, load, micro_batch_of
+from lib.settings import Settings, in_world, load, micro_batch_of
 from lib.training import encode_missing, load_checkpoint, same_norms, save_checkpoint
 
 # The published settings (configs/basic_config.py of RockeyCoss/SPO); the sampler's are in ddim.py.
@@ -377,12 +377,19 @@ def judge_of(s: Settings, folder: Path, ledger: Ledger) -> tuple[StepJudge, dict
     return judge, facts
 
 
+def gap_of(s: Settings, given: float | None) -> float:
+    """How sure the preference model must be of a pair."""
+    if given is not None:
+        return given
+    if in_world(s):
+        return GAP_IN_THE_WORLD
+    return GAP
+
+
 def main(argv: list[str]) -> None:
     s, own = load(argv, __doc__, ARGUMENTS)
     lr = own.spo_lr or (LORA_LR if s.lora_rank else LR)
-    gap = own.spo_gap
-    if gap is None:
-        gap = GAP_IN_THE_WORLD if s.preset == "tiny" else GAP
+    gap = gap_of(s, own.spo_gap)
     s = replace(s, lr=lr, compile="off", micro_batch=micro_batch_of(s, 1))
     rounds = own.rounds or s.iters
     if rounds == 0:

@@ -131,6 +131,9 @@ def answer_questions(
         left_out = ended_early(failed, question)
         there = set(runs.arm) - set(left_out)
         arms = [arm for arm in question.arms if arm in there]
+        missing = [arm for arm in question.arms if arm not in there and arm not in left_out]
+        if missing:
+            left_out["missing"] = f"left out, no run of it is there: {'; '.join(missing)}"
         if not arms or (name == "judge" and "SAIL" not in arms):
             print("\n".join([f"{question.title}: no answer", *left_out.values()]))
         elif name == "judge":

@@ -171,5 +171,6 @@ def answer(out: Path, name: str, question: Question, results: Results,
         figure = figures.draw_over_setting(results, question.over)
     else:
         figure = figures.draw_side_by_side(table)
-    figure.suptitle(f"{question.title} ({seeds} run seeds, 95% intervals)", fontsize=10)
+    title = figure.suptitle(f"{question.title} ({seeds} run seeds, 95% intervals)", fontsize=10)
+    title.set_in_layout(False)              # the axes have made room for it
     figures.save_figure(figure, out / f"{name}.png")

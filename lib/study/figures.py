@@ -19,6 +19,10 @@ AXES = {
 }
 
 
+# Room for the title above the axes, in shares of the figure.
+BELOW_TITLE = (0, 0, 1, 0.95)
+
+
 def new_figure(columns: int, size: tuple[float, float], **options):
     """A figure and its axes, a row of them; nothing is shown on a screen."""
     import matplotlib
@@ -33,7 +37,7 @@ def save_figure(figure, path: Path) -> None:
     """Write a figure as PNG, and close it."""
     import matplotlib.pyplot as plt
 
-    figure.tight_layout()
+    figure.tight_layout(rect=BELOW_TITLE)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
@@ -67,13 +71,17 @@ def draw_side_by_side(table: pd.DataFrame):
     right.set_xlabel("UNet forwards, thousands")
     right.set_ylabel("utility: gain over base")
     right.margins(x=0.2)
-    figure.tight_layout()           # from here on the axes keep their places
+    # The axes take the places that they will be saved with.
+    figure.tight_layout(rect=BELOW_TITLE)
     write_names(right, names)
     return figure
 
 
 def write_names(axis, names: list[tuple[str, float, float]]) -> None:
-    """Write (name, x, y) beside points where nothing is written yet, within the axis."""
+    """Write (name, x, y) beside points where nothing is written yet, within the frame.
+
+    A name for which there is no room is left out; the left panel has it.
+    """
     from matplotlib.text import Text
 
     renderer = axis.figure.canvas.get_renderer()
@@ -90,12 +98,12 @@ def write_names(axis, names: list[tuple[str, float, float]]) -> None:
             text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer)        # without the line
             is_free = not any(box.overlaps(other) for other in taken)
-            is_inside = frame.containsx(box.x0) and frame.containsx(box.x1)
-            if is_free and is_inside and box.count_contains(points) == 0:
+            is_inside = frame.contains(*box.min) and frame.contains(*box.max)
+            if is_free and is_inside and box.padded(4).count_contains(points) == 0:
                 break
             text.remove()
         else:
-            continue                                # no room for it
+            continue
         taken.append(box)
 
 
@@ -113,11 +121,11 @@ def draw_over_forwards(table: pd.DataFrame, first_arm: str):
         axis.errorbar(forwards, mean, [[mean - low], [high - mean]], fmt=marker,
                       color=f"C{i % 10}", capsize=3, markersize=5, label=row["row"])
 
-    # The controls go on along Iter0's update for nothing.
+    # The controls go on along Iter0's update without training.
     controls = table[(table["in the rounds"] == 0) & (table["row"] != "Iter0")]
     for i, row in enumerate(controls.to_dict("records")):
         axis.axhline(row[f"over {first_arm}"], ls=("--", ":")[i % 2], color="black", lw=1,
-                     label=f"{row['row']}: no forwards")
+                     label=f"{row['row']}: no training")
 
     axis.axhline(0, color="gray", lw=0.8)
     axis.set(xlabel="UNet forwards in the rounds, thousands",

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 import numpy as np
 
 
-
 def standard_error(values: np.ndarray) -> float:
     """Of the mean of values (seeds, prompts)."""
     seeds, prompts = values.shape
