@@ -325,6 +325,12 @@ def test_ones_own_labels_are_not_asked_to_be_thousands(tmp_path, mini):
     assert "--seed-pairs" in door.command_of("mapo", ["--run", f"{tmp_path}/x", "--from", str(mini)])
 
 
+@pytest.mark.parametrize("asked", ["--check", "--plan", "--plan --gpu a100"])
+def test_what_a_rival_would_need_and_cost_is_asked_of_the_driver(asked):
+    command = door.command_of("diffusion-dpo", ["sd15", "--run", "runs/x", *asked.split()])
+    assert " ".join(command).endswith(f"--preset sd15 --run runs/x {asked}")
+
+
 def test_a_rival_of_its_own_wants_a_folder_of_its_own():
     fails_with("rival mapo: is a run of its own; give it a folder with --run", door.main, ["mapo"])
 

@@ -34,6 +34,10 @@ IN_THE_WORLD = {
 }
 NAMES = ("spo", *RIVALS)
 
+# What the driver takes beside the settings of a run.
+OF_THE_DRIVER = RUN_ARGUMENTS | {
+    "--check": {"action": "store_true"}, "--plan": {"action": "store_true"}, "--gpu": {}}
+
 
 def command_of(name: str, given: list[str]) -> list[str]:
     """The driver's command line for a rival that is a run of its own."""
@@ -47,7 +51,7 @@ def command_of(name: str, given: list[str]) -> list[str]:
         raise UserError(f"rival {name}: is a run of its own; give it a folder with --run")
 
     # The world's own people label as many pairs as one likes.
-    s = planned(words, __doc__, RUN_ARGUMENTS)
+    s = planned(words, __doc__, OF_THE_DRIVER)
     if in_world(s) and not labelled_elsewhere(s):
         words = [*RIVALS[name].split(), *IN_THE_WORLD.get(name, "").split(), *given]
     return [driver, *words]
